@@ -1,0 +1,112 @@
+"""The run half: modules that hold packed tensors and multiply by them.
+
+`DequantLinear` unpacks on the fly and multiplies in the activations' dtype: weight-only, any device, the
+oracle. `Int8Linear` and `FourBitLinear` hand the same bytes to bitsandbytes' own multiply, for comparison;
+only they import it.
+
+The packed tensors are kept in a plain dict and not as parameters or buffers: no `.to(dtype)` can reach
+the scales, which must stay float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosyq.quantize.formats import (
+    Format,
+    block_scales,
+    decode_offset,
+    dequantize_blocks,
+    dequantize_rows,
+    state_key,
+)
+
+Matmul = Literal["dequantize", "bitsandbytes"]
+OUTLIER_THRESHOLD = 6.0  # LLM.int8()'s published default
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over packed tensors; x [..., in] -> [..., out] in x's dtype."""
+
+    def __init__(self, fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None):
+        super().__init__()
+        self.format, self.shape, self.bias = fmt, torch.Size(shape), bias
+        self.packed = tensors
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.format}"
+
+
+class DequantLinear(PackedLinear):
+    def __init__(self, fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None):
+        super().__init__(fmt, shape, tensors, bias)
+        self.offset = decode_offset(fmt, shape, tensors[state_key(fmt)]) if fmt.double_quant else 0.0
+
+    def weight(self) -> Tensor:
+        """float32 [out, in]."""
+        t, fmt = self.packed, self.format
+        if fmt.name == "int8":
+            return dequantize_rows(t["weight"], t["SCB"])
+        assert fmt.blocksize is not None
+        nested = (t["weight.nested_absmax"], t["weight.nested_quant_map"], self.offset) if fmt.double_quant else None
+        scales = block_scales(t["weight.absmax"], nested)
+        return dequantize_blocks(t["weight"], t["weight.quant_map"], scales, fmt.blocksize, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight().to(x.dtype), self.bias)
+
+
+class Int8Linear(PackedLinear):
+    """bitsandbytes' LLM.int8(): activations are quantized too, outliers above the threshold are not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        import bitsandbytes as bnb
+        from bitsandbytes.autograd._functions import MatmulLtState
+
+        state = MatmulLtState()
+        state.CB, state.SCB = self.packed["weight"], self.packed["SCB"]
+        state.threshold, state.has_fp16_weights = OUTLIER_THRESHOLD, False
+        # It computes in float16 whatever it gets, and says so at every call unless it is given that.
+        bias = self.bias.half() if self.bias is not None else None
+        return bnb.matmul(x.half(), state.CB, bias=bias, state=state).to(x.dtype)
+
+
+class FourBitLinear(PackedLinear):
+    """bitsandbytes' 4-bit product: weights unpacked inside the kernel, activations as they are."""
+
+    def __init__(self, fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None):
+        super().__init__(fmt, shape, tensors, bias)
+        from bitsandbytes.functional import QuantState
+
+        parts = {name.removeprefix("weight."): t for name, t in tensors.items() if name != "weight"}
+        self.state: Any = QuantState.from_dict(parts, device=tensors["weight"].device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        import bitsandbytes as bnb
+
+        return bnb.matmul_4bit(x, self.packed["weight"].t(), bias=self.bias, quant_state=self.state)
+
+
+class PackedEmbedding(nn.Module):
+    """Rows in int8 with an absmax each; ids [...] -> float32 [..., width]."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.packed = tensors
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return dequantize_rows(self.packed["weight"][ids], self.packed["SCB"][ids])
+
+
+def packed_linear(
+    fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None, matmul: Matmul
+) -> PackedLinear:
+    """The module that multiplies by `tensors` (as in `formats.stored_tensors`) in the chosen way."""
+    if matmul == "dequantize":
+        return DequantLinear(fmt, shape, tensors, bias)
+    kind = Int8Linear if fmt.name == "int8" else FourBitLinear
+    return kind(fmt, shape, tensors, bias)

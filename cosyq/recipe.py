@@ -1,0 +1,236 @@
+"""A recipe: which checkpoint, which format for what, where to put it. Strict: what is not known is an error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from cosyq.errors import RecipeError
+
+MAX_BYTES = 1 << 20
+Weights = Literal["int8", "nf4", "fp4", "bf16", "fp16", "fp32"]
+FloatWeights = Literal["bf16", "fp16", "fp32"]
+Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+RepoId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
+Steps = Annotated[int, Field(ge=1, le=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(_Strict):
+    """Where the checkpoint is: a Hub `repo` at a pinned `revision`, or a folder `path`."""
+
+    repo: RepoId | None = None
+    revision: Annotated[str, StringConstraints(pattern=r"^[\w./-]{1,200}$")] | None = None
+    path: str | None = None
+    llm: Literal["llm.pt", "llm.rl.pt"] = "llm.pt"
+    sha256: dict[str, Sha256] = Field(default_factory=dict)  # file name -> what it must hash to
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.repo is None) == (self.path is None):
+            raise ValueError("give either repo (with a revision) or path")
+        if (self.repo is None) != (self.revision is None):
+            raise ValueError("repo and revision belong together")
+        return self
+
+
+class _Packable(_Strict):
+    weights: Weights
+    blocksize: Blocksize | None = None
+    double_quant: bool | None = None
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> _Packable:
+        if self.weights not in ("nf4", "fp4") and (self.blocksize is not None or self.double_quant is not None):
+            raise ValueError(f"blocksize and double_quant are options of nf4 and fp4, not of {self.weights}")
+        return self
+
+
+class LLMStage(_Packable):
+    pass
+
+
+class FlowStage(_Packable):
+    steps: Annotated[list[Steps], Field(min_length=1, max_length=8)] = [10]
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> FlowStage:
+        if len(set(self.steps)) != len(self.steps):
+            raise ValueError("steps repeat")
+        return self
+
+
+class VocoderStage(_Strict):
+    weights: FloatWeights = "fp32"
+
+
+class Stages(_Strict):
+    llm: LLMStage
+    flow: FlowStage
+    vocoder: VocoderStage = VocoderStage()
+
+
+class Rule(_Packable):
+    match: Annotated[str, StringConstraints(min_length=1, max_length=500)]
+
+
+class VoiceEntry(_Strict):
+    """A ready voice file to carry in the artifact, relative to the working directory."""
+
+    name: Name
+    file: str
+
+
+class Recipe(_Strict):
+    version: Literal[1]
+    name: Name
+    source: Source
+    stages: Stages
+    rules: list[Rule] = Field(default_factory=list)
+    voices: list[VoiceEntry] = Field(default_factory=list)
+    output: str | None = None
+
+    @model_validator(mode="after")
+    def _voice_names_differ(self) -> Recipe:
+        names = [voice.name for voice in self.voices]
+        if len(set(names)) != len(names):
+            raise ValueError("two voices have the same name")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as it shapes the artifact's bytes: without the folders it happened to name."""
+        data = self.model_dump(exclude={"output": True, "source": {"path"}})
+        data["voices"] = [voice["name"] for voice in data["voices"]]
+        return data
+
+    def digest(self) -> str:
+        """sha256 of `resolved`, independent of spelling, order and comments."""
+        text = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shipped_folder() -> Path:
+    """The folder of the recipes that come with cosyq: inside the package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """A path to a recipe, given one or the name of a shipped recipe."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if name_or_path in shipped_recipes():
+        return shipped_folder() / f"{name_or_path}.yaml"
+    raise RecipeError("no such recipe", where=name_or_path, remedy=f"shipped are: {', '.join(shipped_recipes())}")
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read and check a recipe, `overrides` being `dotted.key=value` with the value in YAML.
+
+    Raises:
+        RecipeError: naming the key, what was found and what is allowed.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read ({error})", where=path) from None
+    return parse_recipe(text, str(path), overrides or [])
+
+
+def parse_recipe(text: str, where: str, overrides: list[str]) -> Recipe:
+    if len(text) > MAX_BYTES:
+        raise RecipeError(f"{len(text)} characters are too many for a recipe", where=where)
+    data = _parse_yaml(text, where)
+    if not isinstance(data, dict):
+        raise RecipeError("a recipe is a mapping of keys", where=where)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(error), where=where) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    pass
+
+
+def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    for key in keys:
+        if isinstance(key, (dict, list)) or keys.count(key) > 1:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {key!r} is there twice or is no plain key")
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeys)  # a SafeLoader: tags that construct objects are refused
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"not YAML ({error})", where=where) from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError("expected KEY=VALUE", where=f"--set {override}")
+    *parents, last = key.split(".")
+    target: Any = data
+    for part in parents:
+        if isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+        elif isinstance(target, dict):
+            target = target.setdefault(part, {})
+        else:
+            target = None
+    value = _parse_yaml(text, f"--set {override}")
+    if isinstance(target, dict):
+        target[last] = value
+    elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = value
+    else:
+        raise RecipeError("leads into something that is no mapping", where=f"--set {override}")
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key, valid here: {', '.join(_valid_keys(problem['loc']))}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = f", found {problem['input']!r}"[:80] if where and "ctx" not in problem or where else ""
+            lines.append(f"{where}: {message}{found}" if where else message)
+    return " | ".join(lines)
+
+
+def _valid_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = getattr(annotation, "__args__", (annotation,))
+        model = next(kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)

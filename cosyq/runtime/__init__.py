@@ -1,0 +1,1 @@
+"""Speaking from an artifact: sampling, the decode loop, the streaming schedule, engines, the synthesizer."""

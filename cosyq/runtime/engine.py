@@ -1,0 +1,143 @@
+"""An engine: the three networks on a device, behind the three calls that synthesis makes.
+
+`reference` runs plain torch on any device and unpacks weights on the fly: slow, and what faster engines are
+tested against. `bnb` is the same with bitsandbytes' own products, for comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from cosyq.artifact.reader import Artifact, load_stage, text_rows
+from cosyq.errors import DeviceError
+from cosyq.model.config import ModelConfig
+from cosyq.model.flow import Flow, start_noise
+from cosyq.model.llm import KVCache, LanguageModel
+from cosyq.model.vocoder import StreamState, Vocoder
+from cosyq.quantize.linear import Matmul
+from cosyq.runtime.decode import decode
+from cosyq.runtime.sampling import sample
+from cosyq.voices.voice import Voice
+
+EngineName = Literal["reference", "bnb"]
+MATMULS: dict[str, Matmul] = {"reference": "dequantize", "bnb": "bitsandbytes"}
+VOCODER_FRAMES = 500  # rendered at a time, so that memory does not grow with the utterance
+
+
+class Engine(Protocol):
+    """What a synthesizer needs of an engine. Everything in and out is on the host."""
+
+    config: ModelConfig
+    device: torch.device
+
+    def speech_tokens(
+        self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
+    ) -> Iterator[int]:
+        """Speech ids after text ids and prompt speech ids; returns how it ended ("stop" or "length")."""
+
+    def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
+        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device."""
+
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
+        """The next samples of an utterance for its next frames [mel, t]: [n] float32."""
+
+
+class TorchEngine:
+    """The engines `reference` and `bnb`.
+
+    Raises:
+        DeviceError: the device is missing or too small.
+    """
+
+    def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
+        matmul = MATMULS[name]
+        self.name, self.device, self.dtype = name, device, dtype
+        self.config = artifact.manifest.model
+        self._text_rows: Callable[[list[int]], Tensor] = text_rows(artifact)
+        self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
+        self.flow: Flow = load_stage(artifact, "flow", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
+        self.vocoder: Vocoder = load_stage(artifact, "vocoder", device=device, dtype=torch.float32, matmul=matmul)  # type: ignore[assignment]
+        self._noise = start_noise(self.config.flow).to(device)
+
+    def prompt_embeddings(self, text: list[int], prompt: list[int]) -> Tensor:
+        """[sos] text [task_id] prompt speech, [1, t, hidden] float32 on the device."""
+        c = self.config.llm
+        speech = self.llm.embed_speech(torch.tensor([c.sos, c.task_id, *prompt], device=self.device))
+        words = self._text_rows(text).to(self.device)
+        return torch.cat([speech[:1], words, speech[1:]]).unsqueeze(0)
+
+    @torch.inference_mode()
+    def speech_tokens(
+        self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
+    ) -> Iterator[int]:
+        c = self.config
+        embeddings = self.prompt_embeddings(text, prompt)
+        cache = KVCache.empty(c.llm, embeddings.shape[1] + maximum, device=self.device, dtype=self.dtype)
+
+        def sampler(logits: Tensor, history, may_stop: bool) -> int:
+            forbidden = None if may_stop else c.llm.speech_vocab
+            return sample(logits, history, c.sampling, generator, forbid_from=forbidden)
+
+        return (yield from decode(self.llm, embeddings, cache, sampler, minimum=minimum, maximum=maximum))
+
+    @torch.inference_mode()
+    def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
+        ids = torch.cat([voice.prompt_tokens.long(), torch.tensor(tokens, dtype=torch.int64)]).to(self.device)
+        mel = self.flow(
+            ids,
+            voice.speaker.to(self.device),
+            voice.prompt_mel.to(self.device),
+            self._noise,
+            streaming=streaming,
+            final=final,
+            steps=steps,
+        )
+        if not torch.isfinite(mel).all():
+            raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
+        return mel
+
+    @torch.inference_mode()
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
+        parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
+        rendered = [
+            self.vocoder.render(part, state, final=final and index == len(parts) - 1)
+            for index, part in enumerate(parts)
+        ]
+        wav = torch.cat(rendered, dim=-1)[0].cpu()
+        if not torch.isfinite(wav).all():
+            raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
+        return wav
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N.
+
+    Raises:
+        DeviceError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError("no such kind of device", where=name, remedy="use auto, cuda or cpu") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            reason = "this torch was built without CUDA" if not torch.backends.cuda.is_built() else "no GPU was found"
+            raise DeviceError(f"CUDA is not available: {reason}", where=name, remedy="use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"there are {torch.cuda.device_count()} GPUs", where=name)
+    elif device.type != "cpu":
+        raise DeviceError("not supported", where=name, remedy="use auto, cuda or cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto, bf16, fp16 or fp32; auto is bf16 on a GPU, and fp32 on a CPU, where 16 bits are slower."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]

@@ -1,0 +1,256 @@
+"""Text and a voice in, audio out: the library's front door.
+
+    tts = load("artifacts/fun-cosyvoice3-0.5b-int8")
+    audio = tts.synthesize("Hello.", voice="default", seed=7)
+    for chunk in tts.stream("A longer text.", voice="default"): ...
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cosyq.artifact.reader import Artifact, open_artifact
+from cosyq.errors import UsageError
+from cosyq.model.vocoder import StreamState
+from cosyq.runtime.decode import shorten_silence
+from cosyq.runtime.engine import Engine, EngineName, TorchEngine, pick_device, pick_dtype
+from cosyq.runtime.schedule import chunk_ends
+from cosyq.text.prompt import compose
+from cosyq.voices.voice import Voice, load_voice
+
+MIN_SPEECH_PER_TEXT, MAX_SPEECH_PER_TEXT = 2, 20  # speech tokens per text token, the original's bounds
+MAX_SEED = 2**63 - 1
+NEUTRAL = "neutral"  # the voice of an artifact without voices: no speaker vector, the flow's average
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds and counts of one utterance. For a chunk of a stream, of everything up to it."""
+
+    load_seconds: float
+    first_audio_seconds: float
+    total_seconds: float
+    audio_seconds: float
+    text_tokens: int
+    speech_tokens: int
+    token_seconds: float  # spent in the language model
+    finish: str  # "stop", "length", or "" while it goes on
+
+    @property
+    def real_time_factor(self) -> float:
+        return self.total_seconds / self.audio_seconds if self.audio_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.speech_tokens / self.token_seconds if self.token_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "real_time_factor": self.real_time_factor,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Audio:
+    """samples: [n] float32 in -1..1."""
+
+    samples: NDArray[np.float32]
+    sample_rate: int
+    seed: int
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class _Utterance:
+    """One request, checked, before any network runs."""
+
+    voice: Voice
+    text: list[int]
+    words: int
+    prompt_speech: list[int]
+    minimum: int
+    maximum: int
+    steps: int
+    seed: int
+
+
+class Synthesizer:
+    """An artifact, loaded into an engine. Requests share nothing but the weights."""
+
+    def __init__(self, artifact: Artifact, engine: Engine, load_seconds: float = 0.0):
+        self.artifact, self.engine, self.load_seconds = artifact, engine, load_seconds
+        self._tokenizer = artifact.tokenizer()
+
+    @property
+    def sample_rate(self) -> int:
+        return self.engine.config.vocoder.sample_rate
+
+    def voices(self) -> list[str]:
+        return list(self.artifact.voice_files()) or [NEUTRAL]
+
+    def voice(self, name: str | None = None) -> Voice:
+        """A voice of the artifact by name, or from a .safetensors file by path; None is `default` or the only one.
+
+        Raises:
+            UsageError: there is no such voice.
+            ArtifactError: its file is damaged or does not fit.
+        """
+        config, files = self.engine.config.flow, self.artifact.voice_files()
+        if name is None and not files:
+            return Voice.from_speaker(NEUTRAL, torch.zeros(config.speaker_dim), config.mel_dim)
+        if name is None:
+            name = "default" if "default" in files else next(iter(files))
+        if name in files:
+            return load_voice(files[name], config)
+        if name == NEUTRAL:
+            return Voice.from_speaker(NEUTRAL, torch.zeros(config.speaker_dim), config.mel_dim)
+        if name.endswith(".safetensors"):
+            return load_voice(Path(name), config)
+        raise UsageError("unknown voice", where=name, remedy=f"the artifact has: {', '.join(self.voices())}")
+
+    def synthesize(
+        self, text: str, *, voice: str | Voice | None = None, seed: int | None = None, steps: int | None = None
+    ) -> Audio:
+        """Speak `text` and return it whole; the flow attends to the whole utterance.
+
+        Args:
+            voice: a name, a path to a voice file, or a value; see `voice()`.
+            seed: fixes the audio; None draws one, which the result names.
+            steps: Euler steps of the flow, one of those the artifact was built for.
+
+        Raises:
+            UsageError: the text, the voice or a number is not usable.
+            DeviceError: the device ran out of memory or of finite numbers.
+        """
+        utterance = self._prepare(text, voice, seed, steps)
+        clock = _Clock(self.load_seconds, utterance.words)
+        tokens = list(shorten_silence(clock.counted(self._tokens(utterance))))
+        mel = self.engine.mel(tokens, utterance.voice, streaming=False, final=True, steps=utterance.steps)
+        samples = self.engine.samples(mel, StreamState(), final=True).numpy()
+        return Audio(samples, self.sample_rate, utterance.seed, clock.read(len(samples), self.sample_rate))
+
+    def stream(
+        self, text: str, *, voice: str | Voice | None = None, seed: int | None = None, steps: int | None = None
+    ) -> Iterator[Audio]:
+        """Speak `text` chunk by chunk; arguments and errors as in `synthesize`.
+
+        The chunks together equal one block-causal pass over the utterance. Everything is checked before the
+        generator is returned; closing it stops the work.
+        """
+        return self._stream(self._prepare(text, voice, seed, steps))
+
+    def _stream(self, utterance: _Utterance) -> Iterator[Audio]:
+        clock = _Clock(self.load_seconds, utterance.words)
+        flow, state = self.engine.config.flow, StreamState()
+        tokens: list[int] = []
+        sent = given = 0  # frames handed to the vocoder, samples given out
+        ends = chunk_ends(utterance.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
+        end = next(ends)
+        for token in shorten_silence(clock.counted(self._tokens(utterance))):
+            tokens.append(token)
+            if len(tokens) == end + flow.lookahead:
+                mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=False, steps=utterance.steps)
+                samples = self.engine.samples(mel[:, sent:], state, final=False).numpy()
+                sent, given, end = mel.shape[1], given + len(samples), next(ends)
+                if len(samples):
+                    yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given, self.sample_rate))
+        mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=True, steps=utterance.steps)
+        samples = self.engine.samples(mel[:, sent:], state, final=True).numpy()
+        yield Audio(
+            samples, self.sample_rate, utterance.seed, clock.read(given + len(samples), self.sample_rate)
+        )
+
+    def _tokens(self, utterance: _Utterance) -> Iterator[int]:
+        return self.engine.speech_tokens(
+            utterance.text,
+            utterance.prompt_speech,
+            minimum=utterance.minimum,
+            maximum=utterance.maximum,
+            generator=torch.Generator().manual_seed(utterance.seed),
+        )
+
+    def _prepare(self, text: str, voice: str | Voice | None, seed: int | None, steps: int | None) -> _Utterance:
+        config, tables = self.engine.config, self.artifact.manifest.flow_steps
+        steps = tables[0] if steps is None else steps
+        if steps not in tables:
+            built = ", ".join(map(str, tables))
+            raise UsageError("the artifact has no table for so many flow steps", where=steps, remedy=f"it has: {built}")
+        if seed is None:
+            seed = secrets.randbelow(1 << 31)
+        if not 0 <= seed <= MAX_SEED:
+            raise UsageError("a seed is a number from 0 to 2^63 - 1", where=seed)
+        chosen = voice if isinstance(voice, Voice) else self.voice(voice)
+        chosen.check(config.flow, chosen.name)
+        prompted = compose(text, chosen.transcript, self._tokenizer)
+        room = config.flow.noise_frames // config.flow.token_mel_ratio - chosen.prompt_tokens.numel()
+        return _Utterance(
+            voice=chosen,
+            text=prompted.prompt + prompted.words,
+            words=len(prompted.words),
+            prompt_speech=chosen.prompt_tokens.tolist() if prompted.with_speech else [],
+            minimum=min(MIN_SPEECH_PER_TEXT * len(prompted.words), room),
+            maximum=min(MAX_SPEECH_PER_TEXT * len(prompted.words), room),
+            steps=steps,
+            seed=seed,
+        )
+
+
+class _Clock:
+    """Times one utterance."""
+
+    def __init__(self, load_seconds: float, words: int):
+        self._start = time.perf_counter()
+        self._base = Timings(load_seconds, 0.0, 0.0, 0.0, words, 0, 0.0, "")
+
+    def counted(self, tokens: Iterator[int]) -> Iterator[int]:
+        """Pass the language model's tokens on, counting them and its time, and keep how it ended."""
+        while True:
+            started = time.perf_counter()
+            try:
+                token = next(tokens)
+            except StopIteration as stop:
+                self._base = replace(self._base, finish=stop.value)
+                return
+            spent = self._base.token_seconds + time.perf_counter() - started
+            self._base = replace(self._base, speech_tokens=self._base.speech_tokens + 1, token_seconds=spent)
+            yield token
+
+    def read(self, samples: int, sample_rate: int) -> Timings:
+        now = time.perf_counter() - self._start
+        first = self._base.first_audio_seconds or now
+        self._base = replace(
+            self._base, first_audio_seconds=first, total_seconds=now, audio_seconds=samples / sample_rate
+        )
+        return self._base
+
+
+def load(
+    artifact: str | Path | Artifact, *, device: str = "auto", dtype: str = "auto", engine: EngineName = "reference"
+) -> Synthesizer:
+    """Open an artifact and put it on a device.
+
+    Args:
+        artifact: a folder, or an artifact that was opened already.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: what matrix products are computed in: auto, bf16, fp16 or fp32.
+        engine: `reference` or `bnb`.
+
+    Raises:
+        ArtifactError: it is missing, damaged or too new.
+        DeviceError: the device is missing or too small.
+    """
+    started = time.perf_counter()
+    opened = artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact))
+    place = pick_device(device)
+    networks = TorchEngine(opened, engine, place, pick_dtype(dtype, place))
+    return Synthesizer(opened, networks, time.perf_counter() - started)

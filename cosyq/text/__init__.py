@@ -1,0 +1,1 @@
+"""From a written sentence to token ids. No torch here."""

@@ -1,0 +1,1 @@
+"""A voice as a value: what the models need to speak like someone."""
