@@ -244,12 +244,6 @@ def text_rows(artifact: Artifact) -> Callable[[list[int]], Tensor]:
     return look_up
 
 
-def verify_files(artifact: Artifact) -> None:
-    """Hash every file in full. Raises ArtifactError for the first that differs."""
-    for name, record in artifact.manifest.files.items():
-        check_file(artifact.folder / name, record, full=True)
-
-
 def dequantized(artifact: Artifact, file: StageFile, module: Module) -> Tensor:
     """A module's weight as stored, unpacked to float32 on the host."""
     return dequantize(artifact.formats[module.name], file.read(module), module.parameters["weight"])

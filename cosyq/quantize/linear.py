@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosyq.quantize.backend import bitsandbytes
 from cosyq.quantize.formats import (
     Format,
     block_scales,
@@ -64,10 +65,8 @@ class Int8Linear(PackedLinear):
     """bitsandbytes' LLM.int8(): activations are quantized too, outliers above the threshold are not."""
 
     def forward(self, x: Tensor) -> Tensor:
-        import bitsandbytes as bnb
-        from bitsandbytes.autograd._functions import MatmulLtState
-
-        state = MatmulLtState()
+        bnb = bitsandbytes()
+        state = bnb.MatmulLtState()
         state.CB, state.SCB = self.packed["weight"], self.packed["SCB"]
         state.threshold, state.has_fp16_weights = OUTLIER_THRESHOLD, False
         # It computes in float16 whatever it gets, and says so at every call unless it is given that.
@@ -80,15 +79,11 @@ class FourBitLinear(PackedLinear):
 
     def __init__(self, fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None):
         super().__init__(fmt, shape, tensors, bias)
-        from bitsandbytes.functional import QuantState
-
         parts = {name.removeprefix("weight."): t for name, t in tensors.items() if name != "weight"}
-        self.state: Any = QuantState.from_dict(parts, device=tensors["weight"].device)
+        self.state: Any = bitsandbytes().functional.QuantState.from_dict(parts, device=tensors["weight"].device)
 
     def forward(self, x: Tensor) -> Tensor:
-        import bitsandbytes as bnb
-
-        return bnb.matmul_4bit(x, self.packed["weight"].t(), bias=self.bias, quant_state=self.state)
+        return bitsandbytes().matmul_4bit(x, self.packed["weight"].t(), bias=self.bias, quant_state=self.state)
 
 
 class PackedEmbedding(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cosyq.quantize.backend import bitsandbytes
 from cosyq.quantize.formats import (
     FLOAT_DTYPES,
     Format,
@@ -37,14 +38,12 @@ def pack(weight: Tensor, fmt: Format, device: torch.device) -> tuple[dict[str, T
 
 
 def _pack_rows(weight: Tensor, device: torch.device) -> tuple[dict[str, Tensor], float]:
-    from bitsandbytes.functional import int8_vectorwise_quant
-
     rows = max(ROWS_AT_ONCE // weight.shape[1], 1)
     codes, scales, squared_error, squared = [], [], 0.0, 0.0
     for part in weight.split(rows):
         source = part.to(device).float()
         half = source.half().contiguous()  # as bitsandbytes' own Int8Params does
-        code, scale, _ = int8_vectorwise_quant(half)
+        code, scale, _ = bitsandbytes().functional.int8_vectorwise_quant(half)
         code[scale == 0] = 0  # 0 / 0 inside
         difference = dequantize_rows(code, scale) - source
         squared_error += difference.double().square().sum().item()
@@ -60,9 +59,7 @@ def _pack_rows(weight: Tensor, device: torch.device) -> tuple[dict[str, Tensor],
 
 
 def _pack_blocks(source: Tensor, fmt: Format) -> dict[str, Tensor]:
-    from bitsandbytes.functional import quantize_4bit
-
-    weight, state = quantize_4bit(
+    weight, state = bitsandbytes().functional.quantize_4bit(
         source, blocksize=fmt.blocksize, compress_statistics=fmt.double_quant, quant_type=fmt.name
     )
     offset = state.offset.item() if state.nested else None

@@ -1,0 +1,3 @@
+from cosyq.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""Where samples go: a file that appears when it is complete, or a pipe that gets them as they come."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosyq.errors import ArtifactError, UsageError
+
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
+OPEN_LENGTH = 0xFFFFFFFF  # what a streamed wav header says in place of a size
+
+
+class Sink(Protocol):
+    def write(self, samples: NDArray[np.float32]) -> None:
+        """Append mono samples, [n] float32 in -1..1."""
+
+
+def to_s16(samples: NDArray[np.float32]) -> bytes:
+    """[n] float32 in -1..1 -> little-endian 16-bit PCM, rounded, never wrapped."""
+    return np.clip(np.rint(samples * 32767), -32768, 32767).astype("<i2").tobytes()
+
+
+def wav_header(sample_rate: int, samples: int | None = None) -> bytes:
+    """44 bytes of mono 16-bit RIFF; without a count the length is left open, as streams do."""
+    data = OPEN_LENGTH if samples is None else 2 * samples
+    riff = OPEN_LENGTH if samples is None else 36 + data
+    parts = (b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16, b"data", data)
+    return struct.pack("<4sI4s4sIHHIIHH4sI", *parts)
+
+
+class PipeSink:
+    """Raw s16le, or a wav of open length, to a pipe."""
+
+    def __init__(self, pipe: BinaryIO, sample_rate: int, *, raw: bool):
+        self._pipe = pipe
+        if not raw:
+            pipe.write(wav_header(sample_rate))
+
+    def write(self, samples: NDArray[np.float32]) -> None:
+        self._pipe.write(to_s16(samples))
+        self._pipe.flush()
+
+
+class _RawFile:
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def write(self, samples: NDArray[np.float32]) -> None:
+        self._file.write(to_s16(samples))
+
+
+class _SoundFile:
+    def __init__(self, path: Path, sample_rate: int, container: str):
+        import soundfile
+
+        subtype = "PCM_16" if container in ("WAV", "FLAC") else None
+        self._file = soundfile.SoundFile(path, "w", sample_rate, 1, subtype, format=container)
+
+    def write(self, samples: NDArray[np.float32]) -> None:
+        self._file.write(samples)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def check_suffix(path: Path, *, raw: bool) -> None:
+    """Raises UsageError for a file name whose format cannot be written."""
+    if not raw and path.suffix.lower() not in FORMATS:
+        raise UsageError(f"cannot write {path.suffix or 'a file without suffix'}", where=path, remedy=f"use {', '.join(FORMATS)}, or --raw")
+    if not path.parent.is_dir():
+        raise UsageError("no such folder", where=path.parent)
+
+
+@contextmanager
+def file_sink(path: Path, sample_rate: int, *, raw: bool) -> Iterator[Sink]:
+    """A sink into a temporary sibling, renamed to `path` when the block ends well.
+
+    Raises:
+        UsageError: the suffix is unknown or the folder is missing.
+        ArtifactError: the file cannot be written.
+    """
+    check_suffix(path, raw=raw)
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        if raw:
+            with partial.open("wb") as file:
+                yield _RawFile(file)
+        else:
+            sound = _SoundFile(partial, sample_rate, FORMATS[path.suffix.lower()])
+            try:
+                yield sound
+            finally:
+                sound.close()
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "libsndfile" not in type(error).__name__.lower() + str(error).lower():
+            raise
+        raise ArtifactError(f"cannot be written ({error})", where=path) from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""What all commands share: where output goes, and options that mean the same everywhere.
+
+Data goes to stdout, everything else to stderr; with `--json`, stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cosyq.errors import ArtifactError
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ArtifactOption = Annotated[
+    Path | None,
+    typer.Option("-a", "--artifact", help="An artifact's folder; else $COSYQ_ARTIFACT, else the newest in artifacts/."),
+]
+DEFAULT_FOLDER = Path("artifacts")
+
+
+def note(message: str) -> None:
+    """A line for a person, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """The command's result, as JSON on stdout."""
+    print(json.dumps(data, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+
+
+def choose_artifact(given: Path | None) -> Path:
+    """The artifact to use: as given, from the environment, or the newest under artifacts/, which is then named.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    if given is not None:
+        return given
+    if named := os.environ.get("COSYQ_ARTIFACT"):
+        return Path(named)
+    found = sorted(DEFAULT_FOLDER.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ArtifactError(
+            "no artifact there", where=DEFAULT_FOLDER, remedy="make one with `cosyq quantize int8`, or name one with -a"
+        )
+    note(f"using {found[-1].parent}")
+    return found[-1].parent
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, done, total) that draws a bar on a terminal, and is silent elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda what, done, total: progress.update(
+            task, description=f"{title} {what:<44.44}", completed=done, total=total
+        )
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; plain tab-separated lines where that is no terminal."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and rows and rows[0][index][:1].isdigit() else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def peak_memory(device: Any) -> int:
+    """Bytes: of the GPU what torch allocated at most, of the host the resident peak."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return host_peak()
+
+
+def host_peak() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

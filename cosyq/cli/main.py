@@ -1,0 +1,96 @@
+"""The program: its commands, and how a failure becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import click
+import typer
+
+from cosyq import __version__
+from cosyq.cli import checkpoint, inspect, quantize, recipes, synth, verify
+from cosyq.errors import CosyqError, DeviceError
+
+app = typer.Typer(
+    name="cosyq",
+    help="Quantize Fun-CosyVoice3 once, keep a small packed artifact, speak from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("quantize")(quantize.quantize)
+app.command("synth")(synth.synth)
+app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(checkpoint.app, name="checkpoint")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"cosyq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit code."""
+    # A build pipeline stops a job with SIGTERM: leave by way of the same clean-up as Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        result: Any = app(args=list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", 130, arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so do we
+        return 141
+    except CosyqError as error:
+        _trace()
+        return _fail(str(error), error.exit_code, arguments)
+    except Exception as error:
+        _trace()
+        if _out_of_memory(error):
+            raised = DeviceError("out of memory", where="device", remedy="choose a smaller recipe or a shorter text")
+            return _fail(str(raised), raised.exit_code, arguments)
+        return _fail(f"internal error: {type(error).__name__}: {error} (COSYQ_DEBUG=1 shows where)", 1, arguments)
+
+
+def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"error": {"message": message, "exit_code": code}}, ensure_ascii=False))
+    return code
+
+
+def _trace() -> None:
+    if os.environ.get("COSYQ_DEBUG") == "1":
+        traceback.print_exc()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))

@@ -1,0 +1,81 @@
+"""cosyq quantize: recipe and checkpoint in, artifact out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cosyq.cli.console import Device, Json, emit, host_peak, megabytes, note, print_table, progress_bar
+from cosyq.errors import RecipeError
+
+
+def quantize(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact's folder.")] = None,
+    source: Annotated[str | None, typer.Option(help="A checkpoint's folder, or REPO@REVISION on the Hub.")] = None,
+    device: Device = "auto",
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be packed how, and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint into an artifact, as a recipe says."""
+    from cosyq.recipe import find_recipe, load_recipe
+
+    path = find_recipe(recipe)
+    changes = [*(overrides or []), *(_source_override(source) if source else [])]
+    loaded = load_recipe(path, changes)
+    target = output or (Path(loaded.output) if loaded.output else Path("artifacts") / loaded.name)
+
+    started = time.perf_counter()
+    from cosyq import build
+    from cosyq.artifact.writer import check_output
+    from cosyq.runtime.engine import pick_device
+
+    place = pick_device(device)
+    if not dry_run:
+        check_output(target, force=force)
+    prepared = build.prepare(loaded, path.read_text("utf-8"), build.source_folder(loaded))
+    decisions = [decision for stage in prepared.plan.values() for decision in stage]
+    if dry_run:
+        rows = [[d.module.name, d.rule, str(d.format), str(d.bytes)] for d in decisions]
+        if as_json:
+            keys = ("module", "rule", "format", "bytes")
+            emit({"modules": [dict(zip(keys, row, strict=True)) | {"bytes": int(row[3])} for row in rows], "bytes": prepared.bytes})
+        else:
+            print_table(f"{loaded.name}: {megabytes(prepared.bytes)}", ["module", "rule", "format", "bytes"], rows)
+        return
+
+    with progress_bar("packing") as progress:
+        manifest = build.run(prepared, target, place, force=force, progress=progress)
+    seconds = time.perf_counter() - started
+    size = sum(record.bytes for record in manifest.files.values())
+    worst = max(manifest.modules, key=lambda record: record.rms_error)
+    if as_json:
+        emit(
+            {
+                "artifact": str(target),
+                "bytes": size,
+                "seconds": round(seconds, 3),
+                "peak_host_bytes": host_peak(),
+                "device": manifest.device,
+                "recipe_sha256": manifest.recipe_sha256,
+                "largest_error": {"module": worst.name, "rms_error": worst.rms_error},
+            }
+        )
+        return
+    note(f"{megabytes(size)} in {seconds:.1f} s on {manifest.device}; largest error {worst.rms_error:.2%} ({worst.name})")
+    print(target)
+
+
+def _source_override(source: str) -> list[str]:
+    """A --source as changes to the recipe: what it pinned was for another source."""
+    if Path(source).is_dir() or "/" not in source.strip("/") or source.startswith((".", "/", "~")):
+        return [f"source.path={Path(source).expanduser()}", "source.repo=null", "source.revision=null", "source.sha256={}"]
+    repo, at, revision = source.partition("@")
+    if not at:
+        raise RecipeError("names a repository without a revision", where=f"--source {source}", remedy="use REPO@REVISION")
+    return [f"source.repo={repo}", f"source.revision={revision}", "source.path=null", "source.sha256={}"]

@@ -1,0 +1,56 @@
+"""Full size on this machine's GPU: make a random checkpoint, quantize it, speak ten seconds, print a table.
+
+    python tests/gpu/measure.py [FOLDER] [RECIPE...]
+
+Every step is a process of its own, so that start-up, peaks and timings are those a user sees.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+WORDS = "the quick brown fox jumps over the lazy dog and then it rests " * 4  # at least 250 speech tokens
+
+
+def cosyq(*arguments: str) -> dict:
+    done = subprocess.run([sys.executable, "-m", "cosyq", *arguments, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"cosyq {' '.join(arguments)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
+    recipes = sys.argv[2:] or ["int8", "nf4"]
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        print("random checkpoint:", cosyq("checkpoint", "random", str(checkpoint)))
+    rows = []
+    for recipe in recipes:
+        artifact = folder / recipe
+        built = cosyq("quantize", recipe, "--source", str(checkpoint), "-o", str(artifact), "--device", "cuda", "--force")
+        voice = str(checkpoint / "voice.safetensors")
+        for engine in ("reference", "bnb"):
+            spoken = cosyq(
+                "synth", WORDS, "-a", str(artifact), "-v", voice, "-o", str(folder / f"{recipe}-{engine}.wav"),
+                "--seed", "1", "--engine", engine, "--device", "cuda",
+            )  # fmt: skip
+            rows.append((recipe, engine, built, spoken))
+    print(f"on {rows[0][2]['device']}")
+    head = "recipe engine quantize_s host_GB artifact_MB load_s audio_s peak_MiB tokens/s first_s rtf".split()
+    print(" | ".join(head))
+    for recipe, engine, built, spoken in rows:
+        values = (
+            recipe, engine, f"{built['seconds']:.1f}", f"{built['peak_host_bytes'] / 1e9:.2f}", f"{built['bytes'] / 1e6:.1f}",
+            f"{spoken['load_seconds']:.2f}", f"{spoken['audio_seconds']:.2f}", f"{spoken['peak_memory_bytes'] / 2**20:.0f}",
+            f"{spoken['tokens_per_second']:.1f}", f"{spoken['first_audio_seconds']:.2f}", f"{spoken['real_time_factor']:.3f}",
+        )  # fmt: skip
+        print(" | ".join(values))
+
+
+if __name__ == "__main__":
+    main()
