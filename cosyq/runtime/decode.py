@@ -23,13 +23,13 @@ LONGEST_SILENCE = 5  # tokens
 
 def prefill(llm: LanguageModel, embeddings: Tensor, cache: KVCache) -> Tensor:
     """Run the prompt, [1, t, hidden], into an empty cache; returns the logits of its last position, [rows]."""
-    return llm.logits(llm(embeddings, cache)[0, -1])
+    return llm.logits(llm(embeddings, cache)[:, -1])[0]
 
 
 def step(llm: LanguageModel, token: int, cache: KVCache) -> Tensor:
     """Run one speech token; returns the logits of the next, [rows]."""
     ids = torch.tensor([[token]], device=cache.keys.device)
-    return llm.logits(llm(llm.embed_speech(ids), cache)[0, -1])
+    return llm.logits(llm(llm.embed_speech(ids), cache)[:, -1])[0]
 
 
 def decode(

@@ -1,0 +1,95 @@
+"""Golden data from the original code, and artifacts made from it, shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cosyq import build
+from cosyq.recipe import find_recipe, load_recipe
+from cosyq.voices.voice import Voice
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny-a"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, torch.Tensor]:
+    """What the original implementation computed from the golden checkpoint."""
+    return load_file(GOLDEN / "expected.safetensors")
+
+
+def make_artifact(
+    output: Path,
+    recipe: str,
+    *overrides: str,
+    source: Path = GOLDEN,
+    force: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Path:
+    """Quantize as the command line does, from any folder."""
+    path = find_recipe(recipe)
+    local = [f"source.path={source}", "source.repo=null", "source.revision=null", "source.sha256={}"]
+    loaded = load_recipe(path, [*local, *overrides])
+    prepared = build.prepare(loaded, path.read_text("utf-8"), build.source_folder(loaded))
+    build.run(prepared, output, device, force=force, progress=lambda *_: None)
+    return output
+
+
+@pytest.fixture(scope="session")
+def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The artifact of a shipped recipe over the golden checkpoint, made once; not to be changed."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def get(recipe: str, *overrides: str) -> Path:
+        key = (recipe, *overrides)
+        if key not in made:
+            made[key] = make_artifact(tmp_path_factory.mktemp(recipe) / "artifact", recipe, *overrides)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def scratch_artifact(artifact_of: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of the int8 artifact that a test may damage."""
+    return Path(shutil.copytree(artifact_of("int8"), tmp_path / "artifact"))
+
+
+@pytest.fixture
+def scratch_checkpoint(tmp_path: Path) -> Path:
+    """A copy of the golden checkpoint that a test may damage."""
+    return Path(shutil.copytree(GOLDEN, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def voice(golden: dict[str, torch.Tensor]) -> Voice:
+    """A voice with a prompt of 25 tokens, from the golden streaming case."""
+    return Voice(
+        name="golden",
+        speaker=golden["flow.stream_final.embedding"][0],
+        prompt_tokens=golden["flow.stream_final.prompt_token"][0],
+        prompt_mel=golden["flow.stream_final.prompt_feat"][0],
+        transcript="hello there",
+    )
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest value, and RMS over RMS, whichever is worse."""
+    assert found.shape == expected.shape
+    difference = (found.double() - expected.double()).abs()
+    largest = difference.max() / expected.double().abs().max()
+    mean = difference.square().mean().sqrt() / expected.double().square().mean().sqrt()
+    return max(largest.item(), mean.item())

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+
+import cosyq
+from cosyq.errors import ArtifactError, DeviceError, UsageError
+from cosyq.model.vocoder import StreamState
+from cosyq.runtime.engine import pick_device
+from cosyq.runtime.synthesizer import NEUTRAL
+from cosyq.voices.voice import Voice
+
+TEXT = "hello world, the quick brown fox jumps over the lazy dog again"
+
+
+@pytest.fixture(scope="module")
+def tts(artifact_of):
+    return cosyq.load(artifact_of("int8"), device="cpu")
+
+
+def test_a_seed_fixes_the_audio(tts, voice):
+    first, second = (tts.synthesize(TEXT, voice=voice, seed=7) for _ in range(2))
+    assert np.array_equal(first.samples, second.samples)
+    assert not np.array_equal(first.samples, tts.synthesize(TEXT, voice=voice, seed=8).samples)
+    assert len(first.samples) == 960 * first.timings.speech_tokens
+    assert first.sample_rate == 24000
+
+
+def test_a_seed_fixes_the_audio_in_another_process(tts, artifact_of):
+    here = tts.synthesize(TEXT, seed=7).samples
+    code = (
+        "import cosyq, sys, torch; torch.set_num_threads(2);"
+        f"a = cosyq.load({str(artifact_of('int8'))!r}, device='cpu').synthesize({TEXT!r}, seed=7);"
+        "sys.stdout.buffer.write(a.samples.tobytes())"
+    )
+    there = np.frombuffer(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout, "<f4")
+    assert np.array_equal(here, there)
+
+
+def test_requests_leave_nothing_behind(tts, voice):
+    alone = tts.synthesize(TEXT, voice=voice, seed=7).samples
+    abandoned = tts.stream(TEXT, voice=voice, seed=3)
+    next(abandoned)
+    abandoned.close()
+    assert np.array_equal(alone, tts.synthesize(TEXT, voice=voice, seed=7).samples)
+
+
+@pytest.mark.parametrize("prompt", [0, 7, 25])
+def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
+    """Whatever the prompt leaves of its last block, the chunks join to what one pass renders."""
+    cut = Voice("cut", voice.speaker, voice.prompt_tokens[:prompt], voice.prompt_mel[: 2 * prompt], "hello there")
+    chunks = list(tts.stream(TEXT, voice=cut, seed=5))
+    assert len(chunks) > 1
+    tokens = _tokens(tts, cut, seed=5)
+    mel = tts.engine.mel(tokens, cut, streaming=True, final=True, steps=10)
+    whole = tts.engine.samples(mel, StreamState(), final=True)
+    streamed = torch.from_numpy(np.concatenate([chunk.samples for chunk in chunks]))
+    # A chunk's flow runs over fewer frames, so float32 sums differ in order; ten steps and the phase amplify it.
+    assert relative(streamed, whole) < 2e-3
+
+
+def _tokens(tts, voice, seed):
+    from cosyq.runtime.decode import shorten_silence
+
+    return list(shorten_silence(tts._tokens(tts._prepare(TEXT, voice, seed, None))))
+
+
+def test_the_minimum_length_is_enforced(tts):
+    for seed in range(8):
+        timings = tts.synthesize(TEXT, seed=seed).timings
+        assert 2 * timings.text_tokens <= timings.speech_tokens <= 20 * timings.text_tokens
+        assert timings.finish == ("length" if timings.speech_tokens == 20 * timings.text_tokens else "stop")
+
+
+def test_the_timings_add_up(tts):
+    *_, last = tts.stream(TEXT, seed=1)
+    t = last.timings
+    assert 0 < t.first_audio_seconds <= t.total_seconds
+    assert t.real_time_factor == pytest.approx(t.total_seconds / t.audio_seconds)
+    assert t.finish == "stop"
+
+
+def test_voices(tts, tmp_path, voice):
+    assert tts.voices() == [NEUTRAL]
+    assert tts.voice().prompt_tokens.numel() == 0
+    path = tmp_path / "me.safetensors"
+    path.write_bytes(voice.to_bytes())
+    assert tts.voice(str(path)).transcript == voice.transcript
+    with pytest.raises(UsageError, match=r"unknown voice.*the artifact has: neutral"):
+        tts.voice("nobody")
+    with pytest.raises(ArtifactError, match="no such voice file"):
+        tts.voice("nowhere.safetensors")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match="not a readable voice"):
+        tts.voice(str(path))
+
+
+def test_a_speaker_vector_alone_is_a_voice(tts):
+    one, other = (Voice.from_speaker("v", torch.randn(192, generator=torch.Generator().manual_seed(s))) for s in (1, 2))
+    a, b = tts.synthesize(TEXT, voice=one, seed=1), tts.synthesize(TEXT, voice=other, seed=1)
+    assert len(a.samples) == len(b.samples)  # the language model never sees it
+    assert not np.array_equal(a.samples, b.samples)
+
+
+def test_a_voice_of_another_model_is_refused(tts):
+    with pytest.raises(ArtifactError, match=r"speaker is torch.float32 \[64\], expected torch.float32 \[192\]"):
+        tts.synthesize(TEXT, voice=Voice.from_speaker("v", torch.zeros(64)))
+
+
+def test_numbers_are_checked(tts):
+    with pytest.raises(UsageError, match="no table for so many flow steps"):
+        tts.stream(TEXT, steps=7)  # before the first chunk is asked for
+    with pytest.raises(UsageError, match="a seed is a number"):
+        tts.synthesize(TEXT, seed=-1)
+
+
+def test_devices():
+    with pytest.raises(DeviceError, match="no such kind of device"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="CUDA is not available"):
+            pick_device("cuda")
+
+
+@pytest.mark.parametrize("recipe", ["int8", "nf4", "bf16", "hybrid"])
+def test_engines_agree_within_their_arithmetic(artifact_of, voice, recipe):
+    """The same tokens and noise through both engines.
+
+    4-bit and float weights are multiplied by the same activations: only the order of sums differs. LLM.int8()
+    rounds activations to eight bits per row as well, 0.4 % of their absmax, which ten Euler steps then feed on.
+    """
+    tokens = list(range(100, 140))
+    mels = [
+        cosyq.load(artifact_of(recipe), device="cpu", engine=name).engine.mel(
+            tokens, voice, streaming=False, final=True, steps=10
+        )
+        for name in ("reference", "bnb")
+    ]
+    bound = 0.05 if recipe == "int8" else 1e-4
+    assert relative(mels[1], mels[0]) < bound
+    spoken = cosyq.load(artifact_of(recipe), device="cpu", engine="bnb").synthesize(TEXT, voice=voice, seed=1)
+    assert spoken.timings.finish == "stop"
+    if recipe == "int8":
+        assert not torch.equal(*mels)  # two engines indeed
