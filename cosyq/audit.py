@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from cosyq.artifact.manifest import FILE_NAME
-from cosyq.artifact.reader import Artifact, StageFile, check_file, dequantized
+from cosyq.artifact.reader import Artifact, StageFile, check_file, unpacked
 from cosyq.checkpoint.reader import open_checkpoint, open_stage
 from cosyq.errors import ArtifactError
 from cosyq.model.inventory import STAGES
@@ -18,7 +20,7 @@ TOLERANCE = 1e-4  # relative, between an error as recorded and as measured again
 
 @dataclass(frozen=True)
 class ModuleError:
-    """Relative RMS error of one module's weight: as recorded when packed, and as measured now."""
+    """Relative RMS error of one module: as recorded when packed, and the largest of its parameters as measured now."""
 
     name: str
     recorded: float
@@ -59,11 +61,8 @@ def measure_errors(
             record = records[module.name]
             progress(module.name, done, total)
             done += record.bytes
-            if "weight" not in module.parameters:
-                continue
-            weight = tensors.read(module, "weight").double()
-            difference = dequantized(artifact, file, module).double() - weight
-            measured = (difference.norm() / weight.norm().clamp(min=1e-300)).item()
+            stored = unpacked(artifact, file, module)
+            measured = max(_relative(stored[name], tensors.read(module, name)) for name in module.parameters)
             if abs(measured - record.rms_error) > TOLERANCE + 0.01 * record.rms_error:
                 raise ArtifactError(
                     f"{module.name} differs from the source by {measured:.4%}, recorded are {record.rms_error:.4%}",
@@ -71,3 +70,8 @@ def measure_errors(
                     remedy="it was made from another checkpoint, or changed since",
                 )
             yield ModuleError(module.name, record.rms_error, measured)
+
+
+def _relative(found: Tensor, source: Tensor) -> float:
+    source = source.double()
+    return ((found.double() - source).norm() / source.norm().clamp(min=1e-300)).item()

@@ -68,3 +68,9 @@ class NetworkError(CosyqError):
     """The Hub could not be reached or refused."""
 
     exit_code = 5
+
+
+class ReaderGoneError(CosyqError):
+    """Who read our standard output closed it; there is nothing more to do, and nothing to report."""
+
+    exit_code = 141

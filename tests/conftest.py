@@ -17,7 +17,8 @@ from cosyq import build
 from cosyq.recipe import find_recipe, load_recipe
 from cosyq.voices.voice import Voice
 
-GOLDEN = Path(__file__).parent / "golden" / "tiny-a"
+REPOSITORY = Path(__file__).parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden" / "tiny-a"
 
 
 @pytest.fixture(scope="session", autouse=True)

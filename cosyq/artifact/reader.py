@@ -50,8 +50,12 @@ class Artifact:
     def formats(self) -> dict[str, Format]:
         return {record.name: record.format for record in self.manifest.modules}
 
+    @cached_property
+    def _inventories(self) -> dict[Stage, list[Module]]:
+        return {stage: inventory(stage, self.manifest.model, steps=self.manifest.flow_steps) for stage in STAGES}
+
     def modules(self, stage: Stage) -> list[Module]:
-        return inventory(stage, self.manifest.model, steps=self.manifest.flow_steps)
+        return self._inventories[stage]
 
     def voice_files(self) -> dict[str, Path]:
         """The voices that came with the artifact or were put beside them, by name."""
@@ -244,6 +248,11 @@ def text_rows(artifact: Artifact) -> Callable[[list[int]], Tensor]:
     return look_up
 
 
-def dequantized(artifact: Artifact, file: StageFile, module: Module) -> Tensor:
-    """A module's weight as stored, unpacked to float32 on the host."""
-    return dequantize(artifact.formats[module.name], file.read(module), module.parameters["weight"])
+def unpacked(artifact: Artifact, file: StageFile, module: Module) -> dict[str, Tensor]:
+    """A module's parameters as stored, on the host, the weight dequantized to float32."""
+    tensors = file.read(module)
+    fmt = artifact.formats[module.name]
+    if module.kind == "exact" or fmt.is_float:
+        return tensors
+    weight = dequantize(fmt, tensors, module.parameters["weight"])
+    return {name: weight if name == "weight" else tensors[name] for name in module.parameters}

@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cosyq.errors import ArtifactError, UsageError
+from cosyq.errors import ArtifactError, ReaderGoneError, UsageError
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 OPEN_LENGTH = 0xFFFFFFFF  # what a streamed wav header says in place of a size
@@ -37,16 +37,28 @@ def wav_header(sample_rate: int, samples: int | None = None) -> bytes:
 
 
 class PipeSink:
-    """Raw s16le, or a wav of open length, to a pipe."""
+    """Raw s16le, or a wav of open length, to a pipe.
+
+    Raises:
+        ReaderGoneError: the pipe was closed at the other end.
+    """
 
     def __init__(self, pipe: BinaryIO, sample_rate: int, *, raw: bool):
         self._pipe = pipe
         if not raw:
-            pipe.write(wav_header(sample_rate))
+            self._put(wav_header(sample_rate))
 
     def write(self, samples: NDArray[np.float32]) -> None:
-        self._pipe.write(to_s16(samples))
-        self._pipe.flush()
+        self._put(to_s16(samples))
+
+    def _put(self, data: bytes) -> None:
+        try:
+            self._pipe.write(data)
+            self._pipe.flush()
+        except BrokenPipeError:
+            # Python flushes standard output again on its way out; let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._pipe.fileno())
+            raise ReaderGoneError("the reader has gone", where="stdout") from None
 
 
 class _RawFile:
@@ -61,11 +73,13 @@ class _SoundFile:
     def __init__(self, path: Path, sample_rate: int, container: str):
         import soundfile
 
-        subtype = "PCM_16" if container in ("WAV", "FLAC") else None
+        self._pcm = container in ("WAV", "FLAC")
+        subtype = "PCM_16" if self._pcm else None
         self._file = soundfile.SoundFile(path, "w", sample_rate, 1, subtype, format=container)
 
     def write(self, samples: NDArray[np.float32]) -> None:
-        self._file.write(samples)
+        # The same 16 bits in a file as in a pipe: libsndfile would scale by 32768.
+        self._file.write(np.frombuffer(to_s16(samples), "<i2") if self._pcm else samples)
 
     def close(self) -> None:
         self._file.close()

@@ -10,12 +10,13 @@ import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import click
 import typer
 
 from cosyq import __version__
 from cosyq.cli import checkpoint, inspect, quantize, recipes, synth, verify
-from cosyq.errors import CosyqError, DeviceError
+from cosyq.errors import CosyqError, DeviceError, ReaderGoneError
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="cosyq",
@@ -56,22 +57,21 @@ def run(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         result: Any = app(args=list(arguments), standalone_mode=False)
+        if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            return _fail("interrupted", INTERRUPTED, arguments)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as error:
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", INTERRUPTED, arguments)
+    except ReaderGoneError as error:
         return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", 130, arguments)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; so do we
-        return 141
     except CosyqError as error:
         _trace()
         return _fail(str(error), error.exit_code, arguments)
     except Exception as error:
+        if callable(show := getattr(error, "show", None)):  # a usage error of click's, which typer vendors or imports
+            show()
+            return getattr(error, "exit_code", 2)
         _trace()
         if _out_of_memory(error):
             raised = DeviceError("out of memory", where="device", remedy="choose a smaller recipe or a shorter text")

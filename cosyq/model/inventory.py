@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cosyq.model.config import ModelConfig
 from cosyq.model.flow import Flow
@@ -44,9 +45,18 @@ class Module:
         return self.name.partition(".")[2]
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves new parameters alone: on the meta device, initialising them would import torch's compiler."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def skeleton(stage: Stage, config: ModelConfig, *, steps: tuple[int, ...], dtype: torch.dtype) -> nn.Module:
     """The stage's network on the meta device, float32, computing in `dtype`."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         if stage == "llm":
             return LanguageModel(config.llm, dtype)
         if stage == "flow":

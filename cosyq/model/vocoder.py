@@ -41,14 +41,14 @@ class StreamState:
         if past is None:
             past = x.new_zeros(*x.shape[:-1], keep if zeros is None else zeros)
         joined = torch.cat([past, x], dim=-1)
-        self._tails[key] = joined[..., joined.shape[-1] - keep :]
+        self.put(key, joined[..., joined.shape[-1] - keep :])
         return joined
 
     def take(self, key: str) -> Tensor | None:
         return self._tails.get(key)
 
-    def put(self, key: str, value: Tensor) -> None:
-        self._tails[key] = value
+    def put(self, key: nn.Module | str, value: Tensor) -> None:
+        self._tails[key] = value.clone()  # a view would keep the whole chunk of every layer alive
 
 
 class CausalConv(nn.Conv1d):

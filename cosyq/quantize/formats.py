@@ -58,9 +58,9 @@ class Format:
     @classmethod
     def from_dict(cls, data: Any) -> Format:
         """Strict inverse of `to_dict`; raises ValueError."""
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
             raise ValueError(f"not a format: {data!r}")
-        name, keys = data.get("name"), set(data)
+        name, keys = data["name"], set(data)
         if name in FOUR_BIT:
             good = keys == {"name", "blocksize", "double_quant"} and isinstance(data["double_quant"], bool)
             if good and data["blocksize"] in BLOCKSIZES:

@@ -32,6 +32,8 @@ def pack(weight: Tensor, fmt: Format, device: torch.device) -> tuple[dict[str, T
     if fmt.name == "int8":
         return _pack_rows(weight, device)
     source = weight.to(device).float()
+    if not torch.isfinite(source).all():  # a packed block would hide it
+        raise OverflowError("a value is not finite")
     packed = _pack_blocks(source, fmt) if fmt.is_four_bit else {"weight": source.to(FLOAT_DTYPES[fmt.name])}
     error = _relative(dequantize(fmt, packed, tuple(weight.shape)) - source, source)
     return {name: tensor.cpu() for name, tensor in packed.items()}, error

@@ -25,7 +25,7 @@ from cosyq.voices.voice import Voice
 
 EngineName = Literal["reference", "bnb"]
 MATMULS: dict[str, Matmul] = {"reference": "dequantize", "bnb": "bitsandbytes"}
-VOCODER_FRAMES = 500  # rendered at a time, so that memory does not grow with the utterance
+VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
 
 class Engine(Protocol):

@@ -82,3 +82,13 @@ def test_a_finished_state_cannot_be_used_again(vocoder):
 def test_noise_depends_on_position_alone(first, count):
     whole = excitation_noise(0, 240, 2, 8)
     assert torch.equal(excitation_noise(first, count, 2, 8), whole[8 * first : 8 * (first + count)])
+
+
+def test_a_stream_keeps_tails_and_not_chunks(vocoder):
+    """What is carried between chunks does not depend on their length."""
+    held = []
+    for frames in (20, 200):
+        state = StreamState()
+        vocoder.render(torch.randn(1, 80, frames), state, final=False)
+        held.append(sum(tail.untyped_storage().nbytes() for tail in state._tails.values()))
+    assert held[0] == held[1]
