@@ -31,7 +31,7 @@ from cosyq.quantize.formats import Format
 from cosyq.quantize.pack import pack
 from cosyq.quantize.plan import Decision, make_plan
 from cosyq.recipe import Recipe
-from cosyq.voices.voice import load_voice
+from cosyq.voices.voice import Voice, load_voice
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -61,7 +61,8 @@ def source_folder(recipe: Recipe) -> Path:
         return Path(source.path)
     from cosyq import hub
 
-    assert source.repo is not None and source.revision is not None
+    assert source.repo is not None
+    assert source.revision is not None
     weights = [(str(Path(name).with_suffix(".safetensors")), name) for name in weight_files(source.llm).values()]
     return hub.fetch(source.repo, source.revision, [*weights, *((name,) for name in TEXT_FILES)])
 
@@ -110,7 +111,7 @@ def _write(
     build: Build,
     folder: Path,
     device: torch.device,
-    voices: list,
+    voices: list[tuple[str, Voice]],
     hashes: dict[str, Future[str]],
     progress: Progress,
 ) -> Manifest:
@@ -163,9 +164,7 @@ def _write(
     return manifest
 
 
-def _pack_module(
-    decision: Decision, source: StageTensors, file: StageFileWriter, device: torch.device
-) -> ModuleRecord:
+def _pack_module(decision: Decision, source: StageTensors, file: StageFileWriter, device: torch.device) -> ModuleRecord:
     module, error = decision.module, 0.0
     prefix = f"{module.path}." if module.path else ""
     for parameter in module.parameters:
@@ -180,7 +179,7 @@ def _pack_module(
             raise CheckpointError(f"{module.name} as {decision.format}: {reason}", where=source.path) from None
         except torch.OutOfMemoryError:
             raise DeviceError(
-                f"out of memory while packing {module.name}", where=device, remedy="free some, or use --device cpu"
+                f"out of memory while packing {module.name}", where=str(device), remedy="free some, or use --device cpu"
             ) from None
         for name, tensor in packed.items():
             file.write(f"{prefix}{name if packable else parameter}", tensor)
@@ -210,5 +209,3 @@ def _check_pins(build: Build, found: dict[str, str]) -> None:
                 where=name,
                 remedy="it is not the checkpoint that the recipe was written for",
             )
-
-

@@ -220,7 +220,7 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{where}: missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            found = f", found {problem['input']!r}"[:80] if where and "ctx" not in problem or where else ""
+            found = f", found {problem['input']!r}"[:80]
             lines.append(f"{where}: {message}{found}" if where else message)
     return " | ".join(lines)
 

@@ -31,13 +31,19 @@ def test_shipped_recipes_are_valid(name):
     ("change", "message"),
     [
         ("extra: 1", "extra: unknown key, valid here: version, name, source"),
-        ("stages: {llm: {weights: int8, wieghts: x}, flow: {weights: int8}}", "stages.llm.wieghts: unknown key, valid here: weights, blocksize"),
+        (
+            "stages: {llm: {weights: int8, wieghts: x}, flow: {weights: int8}}",
+            "stages.llm.wieghts: unknown key, valid here: weights, blocksize",
+        ),
         ("stages: {llm: {weights: int4}, flow: {weights: int8}}", "stages.llm.weights.*'int8'.*found 'int4'"),
         ("stages: {llm: {weights: int8}, flow: {weights: int8, steps: '10'}}", "stages.flow.steps.*list"),
         ("stages: {llm: {weights: int8}, flow: {weights: int8, steps: [true]}}", "stages.flow.steps.0"),
         ("stages: {llm: {weights: int8}, flow: {weights: int8, steps: [0]}}", "greater than or equal to 1"),
         ("stages: {llm: {weights: int8}, flow: {weights: int8, steps: [10, 10]}}", "steps repeat"),
-        ("stages: {llm: {weights: int8}, flow: {weights: int8}, vocoder: {weights: int8}}", "stages.vocoder.weights.*'bf16'"),
+        (
+            "stages: {llm: {weights: int8}, flow: {weights: int8}, vocoder: {weights: int8}}",
+            "stages.vocoder.weights.*'bf16'",
+        ),
         ("stages: {llm: {weights: int8, blocksize: 64}, flow: {weights: int8}}", "options of nf4 and fp4, not of int8"),
         ("stages: {llm: {weights: nf4, blocksize: 63}, flow: {weights: int8}}", "stages.llm.blocksize"),
         ("stages: {llm: {weights: int8}}", "stages.flow: missing"),
@@ -95,7 +101,12 @@ def test_an_unknown_recipe_lists_the_shipped():
         find_recipe("int9")
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
+    )
+)
 def test_no_value_gets_past_the_schema_or_breaks_it(value):
     import yaml
 

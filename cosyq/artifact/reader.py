@@ -221,11 +221,12 @@ def _install(
         for name, tensor in tensors.items():
             # Rows of an embedding are looked up, not multiplied: they stay as stored.
             kept = module.kind == "exact" or isinstance(target, nn.Embedding)
-            placed = tensor.to(device, tensor.dtype if kept else dtype, copy=True)
-            target.register_parameter(name, nn.Parameter(placed, requires_grad=False))
+            value = tensor.to(device, tensor.dtype if kept else dtype, copy=True)
+            target.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return
     bias = tensors.pop("bias").to(device, dtype) if "bias" in tensors else None
-    placed = {name: tensor if "quant_state" in name else tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    # The state's JSON is read once, on the host; everything else is multiplied with.
+    placed = {name: t if "quant_state" in name else t.to(device, copy=True) for name, t in tensors.items()}
     if isinstance(target, nn.Embedding):
         replacement: nn.Module = PackedEmbedding(placed)
     else:

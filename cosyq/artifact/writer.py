@@ -28,9 +28,7 @@ def check_room(output: Path, needed: int) -> None:
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed + MARGIN:
-        raise ArtifactError(
-            f"{(needed + MARGIN) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", where=parent
-        )
+        raise ArtifactError(f"{(needed + MARGIN) / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free", where=parent)
 
 
 @contextmanager

@@ -88,7 +88,8 @@ class _SoundFile:
 def check_suffix(path: Path, *, raw: bool) -> None:
     """Raises UsageError for a file name whose format cannot be written."""
     if not raw and path.suffix.lower() not in FORMATS:
-        raise UsageError(f"cannot write {path.suffix or 'a file without suffix'}", where=path, remedy=f"use {', '.join(FORMATS)}, or --raw")
+        kind = path.suffix or "a file without suffix"
+        raise UsageError(f"cannot write {kind}", where=path, remedy=f"use {', '.join(FORMATS)}, or --raw")
     if not path.parent.is_dir():
         raise UsageError("no such folder", where=path.parent)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,10 @@ def fold_weight_norm(length: Tensor, direction: Tensor) -> Tensor:
     """g [out, 1, 1] and v [out, in, kernel] -> g v / |v|, the product taken in float64, returned in float32."""
     v = direction.double()
     return (v * (length.double() / v.norm(dim=(1, 2), keepdim=True))).float()
+
+
+def _fold_pair(length: LazyTensor, direction: LazyTensor) -> Tensor:
+    return fold_weight_norm(length.read(), direction.read())
 
 
 def folded(tensors: dict[str, LazyTensor], keep: str) -> dict[str, LazyTensor]:
@@ -35,9 +41,7 @@ def folded(tensors: dict[str, LazyTensor], keep: str) -> dict[str, LazyTensor]:
             raise CheckpointError(f"{tensor.names[0]} has no other half of its weight norm")
         if g.shape != (v.shape[0], *[1] * (len(v.shape) - 1)):
             raise CheckpointError(f"{g.names[0]} has shape {list(g.shape)}, {v.names[0]} has {list(v.shape)}")
-        result[f"{module}.weight"] = LazyTensor(
-            g.names + v.names, v.shape, v.dtype, lambda g=g, v=v: fold_weight_norm(g.read(), v.read())
-        )
+        result[f"{module}.weight"] = LazyTensor(g.names + v.names, v.shape, v.dtype, partial(_fold_pair, g, v))
     return result
 
 

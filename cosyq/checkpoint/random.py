@@ -174,7 +174,7 @@ def write_random(folder: Path, size: Size, seed: int) -> None:
 
 def _random_state(shapes: Shapes, seed: int) -> dict[str, Tensor]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        drawn = list(pool.map(lambda item: _random_tensor(*item, seed), shapes.items()))
+        drawn = list(pool.map(lambda name: _random_tensor(name, shapes[name], seed), shapes))
     state = dict(zip(shapes, drawn, strict=True))
     for name in [name for name in state if name.endswith("original0")]:
         direction = state[name.replace("original0", "original1")]

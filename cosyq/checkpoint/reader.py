@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from cosyq.text.tokenizer import TextTokenizer, assemble, parse_merges
 
 YAML = "cosyvoice3.yaml"
 QWEN = "CosyVoice-BlankEN"
-TEXT_FILES = (YAML, *(f"{QWEN}/{name}" for name in ("config.json", "tokenizer_config.json", "vocab.json", "merges.txt")))
+QWEN_FILES = ("config.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+TEXT_FILES = (YAML, *(f"{QWEN}/{name}" for name in QWEN_FILES))
 MAX_TEXT_BYTES = 64 << 20
 NAMES_SHOWN = 6
 
@@ -244,7 +246,7 @@ def _derived(
                 tuple(name for t in sources.values() for name in t.names),
                 (n, config.flow.modulation_width),
                 torch.float32,
-                lambda n=n: fold.adaln_table(sources, config.flow, n),
+                partial(fold.adaln_table, sources, config.flow, n),
             )
         return kept
     return tensors

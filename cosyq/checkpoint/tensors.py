@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             tensor = handle.get_tensor(name)  # a view of the mapped file
-            tensors[name] = LazyTensor((name,), tuple(tensor.shape), tensor.dtype, lambda t=tensor: t)
+            tensors[name] = LazyTensor((name,), tuple(tensor.shape), tensor.dtype, partial(_as_it_is, tensor))
         return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"not a readable safetensors file ({error})", where=path) from None
@@ -80,4 +81,8 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             found = type(value).__name__
             raise CheckpointError(f"entry {name!r} is a {found}, expected a tensor", where=path, remedy=remedy)
-    return {k: LazyTensor((k,), tuple(v.shape), v.dtype, lambda t=v: t) for k, v in state.items()}
+    return {k: LazyTensor((k,), tuple(v.shape), v.dtype, partial(_as_it_is, v)) for k, v in state.items()}
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

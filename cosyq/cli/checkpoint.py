@@ -21,7 +21,7 @@ def _group() -> None:
 @app.command("random")
 def random(
     folder: Annotated[Path, typer.Argument(help="Where to write it; must not exist.")],
-    size: Annotated[Literal["full", "small"], typer.Option(help="Fun-CosyVoice3's own dimensions, or a few MB.")] = "full",
+    size: Annotated[Literal["full", "small"], typer.Option(help="The model's own, or a few MB.")] = "full",
     seed: Annotated[int, typer.Option(min=0, help="Fixes every weight.")] = 0,
     as_json: Json = False,
 ) -> None:

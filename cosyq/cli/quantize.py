@@ -17,7 +17,7 @@ def quantize(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The artifact's folder.")] = None,
     source: Annotated[str | None, typer.Option(help="A checkpoint's folder, or REPO@REVISION on the Hub.")] = None,
     device: Device = "auto",
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's key.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be packed how, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing artifact.")] = False,
     as_json: Json = False,
@@ -41,11 +41,13 @@ def quantize(
     prepared = build.prepare(loaded, path.read_text("utf-8"), build.source_folder(loaded))
     decisions = [decision for stage in prepared.plan.values() for decision in stage]
     if dry_run:
-        rows = [[d.module.name, d.rule, str(d.format), str(d.bytes)] for d in decisions]
         if as_json:
-            keys = ("module", "rule", "format", "bytes")
-            emit({"modules": [dict(zip(keys, row, strict=True)) | {"bytes": int(row[3])} for row in rows], "bytes": prepared.bytes})
+            modules = [
+                {"module": d.module.name, "rule": d.rule, "format": str(d.format), "bytes": d.bytes} for d in decisions
+            ]
+            emit({"modules": modules, "bytes": prepared.bytes})
         else:
+            rows = [[d.module.name, d.rule, str(d.format), str(d.bytes)] for d in decisions]
             print_table(f"{loaded.name}: {megabytes(prepared.bytes)}", ["module", "rule", "format", "bytes"], rows)
         return
 
@@ -67,15 +69,18 @@ def quantize(
             }
         )
         return
-    note(f"{megabytes(size)} in {seconds:.1f} s on {manifest.device}; largest error {worst.rms_error:.2%} ({worst.name})")
+    note(f"{megabytes(size)} in {seconds:.1f} s on {manifest.device}")
+    note(f"largest error {worst.rms_error:.2%} ({worst.name})")
     print(target)
 
 
 def _source_override(source: str) -> list[str]:
     """A --source as changes to the recipe: what it pinned was for another source."""
     if Path(source).is_dir() or "/" not in source.strip("/") or source.startswith((".", "/", "~")):
-        return [f"source.path={Path(source).expanduser()}", "source.repo=null", "source.revision=null", "source.sha256={}"]
+        place = [f"source.path={Path(source).expanduser()}", "source.repo=null", "source.revision=null"]
+        return [*place, "source.sha256={}"]
     repo, at, revision = source.partition("@")
     if not at:
-        raise RecipeError("names a repository without a revision", where=f"--source {source}", remedy="use REPO@REVISION")
+        where = f"--source {source}"
+        raise RecipeError("names a repository without a revision", where=where, remedy="use REPO@REVISION")
     return [f"source.repo={repo}", f"source.revision={revision}", "source.path=null", "source.sha256={}"]

@@ -18,9 +18,9 @@ MAX_STDIN = 1 << 20
 
 def synth(
     text: Annotated[str, typer.Argument(help="What to say, or - to read it from stdin.")],
-    output: Annotated[str | None, typer.Option("-o", "--output", help="A .wav, .flac, .ogg or .mp3 file, or - for stdout.")] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="A wav, flac, ogg or mp3 file, or -.")] = None,
     artifact: ArtifactOption = None,
-    voice: Annotated[str | None, typer.Option("-v", "--voice", help="A voice of the artifact, or a voice file.")] = None,
+    voice: Annotated[str | None, typer.Option("-v", "--voice", help="A voice's name or file.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write audio as it is made.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="16-bit little-endian samples without a header.")] = False,
     seed: Annotated[int | None, typer.Option(help="Same seed, same audio.")] = None,
@@ -61,8 +61,9 @@ def synth(
     assert last is not None
     timings = last.timings
     if as_json:
-        peak = peak_memory(tts.engine.device)
-        emit({"output": str(target), "seed": last.seed, "engine": engine, "device": str(tts.engine.device), "peak_memory_bytes": peak, **timings.to_dict()})
+        place = tts.engine.device
+        about = {"output": str(target), "seed": last.seed, "engine": engine, "device": str(place)}
+        emit(about | {"peak_memory_bytes": peak_memory(place)} | timings.to_dict())
         return
     note(
         f"{timings.audio_seconds:.2f} s of audio in {timings.total_seconds:.2f} s (real-time factor "

@@ -146,7 +146,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
         if unknown or missing:
             raise ValueError(f"{where}: unknown keys {unknown}, missing keys {missing}")
-        return kind(**{k: _decode(hints[k], value[k], f"{where}.{k}") for k in hints})
+        return typing.cast(Any, kind)(**{k: _decode(hints[k], value[k], f"{where}.{k}") for k in hints})
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where}: expected a list, found {type(value).__name__}")

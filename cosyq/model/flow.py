@@ -86,9 +86,7 @@ class Flow(nn.Module):
         self.token_encoder = TokenEncoder(config)
         self.speaker_proj = nn.Linear(config.speaker_dim, config.mel_dim)
         self.estimator = DiT(config, dtype)
-        self.adaln = nn.ParameterDict(
-            {str(n): nn.Parameter(torch.empty(n, config.modulation_width)) for n in steps}
-        )
+        self.adaln = nn.ParameterDict({str(n): nn.Parameter(torch.empty(n, config.modulation_width)) for n in steps})
 
     def forward(
         self,

@@ -65,7 +65,7 @@ def skeleton(stage: Stage, config: ModelConfig, *, steps: tuple[int, ...], dtype
 
 
 def inventory(stage: Stage, config: ModelConfig, *, steps: tuple[int, ...]) -> list[Module]:
-    """The stage's modules in the order of its network; the LLM's begin with the text embedding, which stays on the host."""
+    """The stage's modules in the order of its network; the LLM's begin with the text embedding, a host's look-up."""
     modules = list(_modules(stage, skeleton(stage, config, steps=steps, dtype=torch.float32)))
     if stage == "llm":
         shape = (config.llm.text_rows, config.llm.hidden_size)

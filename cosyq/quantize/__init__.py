@@ -1,1 +1,1 @@
-"""Packed weights: how they are stored (`formats`), made (`pack`), multiplied (`linear`), and which goes where (`plan`)."""
+"""Packed weights: how they are stored (`formats`), made (`pack`), multiplied (`linear`), and distributed (`plan`)."""

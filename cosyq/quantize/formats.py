@@ -1,9 +1,11 @@
 """The storage formats, as pure functions of (format, shape): what is stored, and what it means.
 
 The packed ones are bitsandbytes' own, byte for byte and name for name:
-int8   LLM.int8() rows (arXiv 2208.07339): `weight` int8, `SCB` the rows' absmax, `weight_format` 0 for row-major;
-nf4, fp4   QLoRA blocks (arXiv 2305.14314): two codes a byte in `weight`, the first in the high nibble, `absmax` a block,
-       with double quantization itself in 8 bits with `nested_*`, and a small JSON in `quant_state.bitsandbytes__*`.
+
+- int8: LLM.int8() rows (arXiv 2208.07339). `weight` int8, `SCB` the rows' absmax, `weight_format` 0 for row-major.
+- nf4, fp4: QLoRA blocks (arXiv 2305.14314). Two codes a byte in `weight`, the first in the high nibble; `absmax` a
+  block, under double quantization itself in 8 bits with `nested_*`; a JSON in `quant_state.bitsandbytes__*`.
+
 Nothing here needs bitsandbytes, and dequantization equals its result exactly.
 """
 
@@ -194,6 +196,4 @@ def dequantize(fmt: Format, tensors: dict[str, Tensor], shape: tuple[int, ...]) 
         offset = decode_offset(fmt, shape, tensors[state_key(fmt)])
         nested = (tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"], offset)
     scales = block_scales(tensors["weight.absmax"], nested)
-    return dequantize_blocks(
-        tensors["weight"], tensors["weight.quant_map"], scales, fmt.blocksize, torch.Size(shape)
-    )
+    return dequantize_blocks(tensors["weight"], tensors["weight.quant_map"], scales, fmt.blocksize, torch.Size(shape))

@@ -6,7 +6,7 @@ tested against. `bnb` is the same with bitsandbytes' own products, for compariso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -78,7 +78,7 @@ class TorchEngine:
         embeddings = self.prompt_embeddings(text, prompt)
         cache = KVCache.empty(c.llm, embeddings.shape[1] + maximum, device=self.device, dtype=self.dtype)
 
-        def sampler(logits: Tensor, history, may_stop: bool) -> int:
+        def sampler(logits: Tensor, history: Sequence[int], may_stop: bool) -> int:
             forbidden = None if may_stop else c.llm.speech_vocab
             return sample(logits, history, c.sampling, generator, forbid_from=forbidden)
 

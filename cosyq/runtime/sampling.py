@@ -12,7 +12,12 @@ from cosyq.model.config import SamplingConfig
 
 
 def sample(
-    logits: Tensor, history: Sequence[int], config: SamplingConfig, generator: torch.Generator, *, forbid_from: int | None
+    logits: Tensor,
+    history: Sequence[int],
+    config: SamplingConfig,
+    generator: torch.Generator,
+    *,
+    forbid_from: int | None,
 ) -> int:
     """Draw the next id.
 

@@ -1,8 +1,8 @@
 """Text and a voice in, audio out: the library's front door.
 
-    tts = load("artifacts/fun-cosyvoice3-0.5b-int8")
-    audio = tts.synthesize("Hello.", voice="default", seed=7)
-    for chunk in tts.stream("A longer text.", voice="default"): ...
+tts = load("artifacts/fun-cosyvoice3-0.5b-int8")
+audio = tts.synthesize("Hello.", voice="default", seed=7)
+for chunk in tts.stream("A longer text.", voice="default"): ...
 """
 
 from __future__ import annotations
@@ -166,9 +166,7 @@ class Synthesizer:
                     yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given, self.sample_rate))
         mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=True, steps=utterance.steps)
         samples = self.engine.samples(mel[:, sent:], state, final=True).numpy()
-        yield Audio(
-            samples, self.sample_rate, utterance.seed, clock.read(given + len(samples), self.sample_rate)
-        )
+        yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given + len(samples), self.sample_rate))
 
     def _tokens(self, utterance: _Utterance) -> Iterator[int]:
         return self.engine.speech_tokens(
@@ -184,11 +182,13 @@ class Synthesizer:
         steps = tables[0] if steps is None else steps
         if steps not in tables:
             built = ", ".join(map(str, tables))
-            raise UsageError("the artifact has no table for so many flow steps", where=steps, remedy=f"it has: {built}")
+            raise UsageError(
+                "the artifact has no table for so many flow steps", where=str(steps), remedy=f"it has: {built}"
+            )
         if seed is None:
             seed = secrets.randbelow(1 << 31)
         if not 0 <= seed <= MAX_SEED:
-            raise UsageError("a seed is a number from 0 to 2^63 - 1", where=seed)
+            raise UsageError("a seed is a number from 0 to 2^63 - 1", where=str(seed))
         chosen = voice if isinstance(voice, Voice) else self.voice(voice)
         chosen.check(config.flow, chosen.name)
         prompted = compose(text, chosen.transcript, self._tokenizer)

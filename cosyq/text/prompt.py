@@ -14,6 +14,7 @@ from cosyq.text.tokenizer import END_OF_PROMPT, TextTokenizer
 
 SYSTEM = "You are a helpful assistant."
 MAX_CHARACTERS = 10_000  # before tokenizing
+SPLIT = "give it sentence by sentence"
 MAX_TOKENS = 1_000  # of one utterance; the model is trained on sentences
 
 
@@ -33,9 +34,7 @@ def speakable(text: str) -> str:
         UsageError: nothing is left to say, or it is too long for one utterance.
     """
     if len(text) > MAX_CHARACTERS:
-        raise UsageError(
-            f"{len(text)} characters are too many for one utterance", where="text", remedy="give it sentence by sentence"
-        )
+        raise UsageError(f"{len(text)} characters are too many for one utterance", where="text", remedy=SPLIT)
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UsageError("not valid UTF-8", where="text")
     kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
@@ -62,6 +61,6 @@ def compose(text: str, transcript: str, tokenizer: TextTokenizer) -> PromptedTex
         raise UsageError(
             f"{len(ids)} tokens are too many for one utterance (at most {MAX_TOKENS})",
             where="text",
-            remedy="give it sentence by sentence",
+            remedy=SPLIT,
         )
     return PromptedText(tokenizer.encode(prompt), ids, with_speech)

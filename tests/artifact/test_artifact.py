@@ -93,7 +93,9 @@ def test_text_rows_are_those_of_the_source(artifact_of):
 
 
 def test_a_rule_reaches_the_embedding(tmp_path):
-    artifact = open_artifact(make_artifact(tmp_path / "a", "int8", "rules=[{match: llm.text_embedding, weights: bf16}]"))
+    artifact = open_artifact(
+        make_artifact(tmp_path / "a", "int8", "rules=[{match: llm.text_embedding, weights: bf16}]")
+    )
     assert str(artifact.formats["llm.text_embedding"]) == "bf16"
     assert text_rows(artifact)([3]).dtype == torch.float32
 
@@ -120,7 +122,9 @@ def flip(path, position, bit=0):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["llm.safetensors", "flow.safetensors", "vocoder.safetensors", "tokenizer.json", "recipe.yaml"])
+@pytest.mark.parametrize(
+    "name", ["llm.safetensors", "flow.safetensors", "vocoder.safetensors", "tokenizer.json", "recipe.yaml"]
+)
 @pytest.mark.parametrize("where", [0, 9, 0.3, -1])
 def test_a_flipped_bit_is_found(scratch_artifact, name, where):
     path = scratch_artifact / name
@@ -177,7 +181,9 @@ def resign(folder, change):
             content = file.read_bytes()
             record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             if "header_sha256" in record:
-                record["header_sha256"] = hashlib.sha256(content[: 8 + int.from_bytes(content[:8], "little")]).hexdigest()
+                record["header_sha256"] = hashlib.sha256(
+                    content[: 8 + int.from_bytes(content[:8], "little")]
+                ).hexdigest()
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     path.write_text(json.dumps(data | {"digest": hashlib.sha256(canonical.encode()).hexdigest()}))
 
@@ -275,7 +281,9 @@ def test_nothing_is_left_when_the_work_fails(tmp_path, scratch_checkpoint):
     assert left_behind(target) == []
 
 
-@pytest.mark.parametrize("name", ["llm_decoder.weight", "llm.model.model.norm.weight", "llm.model.model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["llm_decoder.weight", "llm.model.model.norm.weight", "llm.model.model.embed_tokens.weight"]
+)
 @pytest.mark.parametrize("recipe", ["int8", "fp32"])
 def test_a_weight_that_is_not_finite_is_named(tmp_path, scratch_checkpoint, name, recipe):
     state = torch.load(scratch_checkpoint / "llm.pt", weights_only=True)

@@ -48,7 +48,12 @@ def same(folder, expected, llm="llm.pt"):
 
 def test_dimensions_come_from_the_files():
     config = open_checkpoint(GOLDEN).config
-    assert (config.llm.hidden_size, config.llm.num_heads, config.llm.num_kv_heads, config.llm.head_dim) == (64, 4, 2, 16)
+    assert (config.llm.hidden_size, config.llm.num_heads, config.llm.num_kv_heads, config.llm.head_dim) == (
+        64,
+        4,
+        2,
+        16,
+    )
     assert (config.flow.chunk_frames, config.flow.conv_kernel, config.flow.conv_groups) == (50, 31, 16)
     assert config.vocoder.f0_kernels == (4, 3, 3, 3, 3)
     assert config.vocoder.samples_per_frame == 480
@@ -64,7 +69,8 @@ def test_weight_norm_is_folded(expected):
 def test_the_other_spelling_of_weight_norm_and_the_prefix(scratch_checkpoint, expected):
     def old(state):
         return {
-            "generator." + k.replace("parametrizations.weight.original0", "weight_g").replace(
+            "generator."
+            + k.replace("parametrizations.weight.original0", "weight_g").replace(
                 "parametrizations.weight.original1", "weight_v"
             ): v
             for k, v in state.items()
@@ -124,7 +130,11 @@ BAD_TENSORS = {
         drop("decoder.estimator.transformer_blocks.1.attn_norm.linear.bias"),
         r"1 tensors are missing: adaln\.blocks\.1\.bias",
     ),
-    "integers": ("llm", lambda s: s | {"llm_decoder.weight": torch.zeros(6761, 64, dtype=torch.int64)}, "expected a float"),
+    "integers": (
+        "llm",
+        lambda s: s | {"llm_decoder.weight": torch.zeros(6761, 64, dtype=torch.int64)},
+        "expected a float",
+    ),
     "not a tensor": ("llm", lambda s: s | {"epoch": 3}, "entry 'epoch' is a int, expected a tensor"),
     "no dict": ("flow", lambda s: [s["input_embedding.weight"]], "holds a list, expected named tensors"),
     "forged size": (
@@ -174,7 +184,11 @@ def test_a_truncated_safetensors(scratch_checkpoint):
 BAD_TEXT = {
     "yaml gone": ("cosyvoice3.yaml", None, r"cosyvoice3\.yaml: cannot be read \(No such file"),
     "yaml broken": ("cosyvoice3.yaml", lambda t: "{", "not YAML"),
-    "yaml lacks a key": ("cosyvoice3.yaml", lambda t: t.replace("depth:", "d:"), "flow.decoder.estimator.depth is missing"),
+    "yaml lacks a key": (
+        "cosyvoice3.yaml",
+        lambda t: t.replace("depth:", "d:"),
+        "flow.decoder.estimator.depth is missing",
+    ),
     "yaml absurd": ("cosyvoice3.yaml", lambda t: re.sub("depth: 3", "depth: 99999999999", t), "out of range"),
     "yaml wrong type": ("cosyvoice3.yaml", lambda t: re.sub("depth: 3", "depth: many", t), "many"),
     "yaml zero": ("cosyvoice3.yaml", lambda t: re.sub(" depth: 3", " depth: 0", t), "depth is 0"),

@@ -35,7 +35,7 @@ def cli(capsys):
 
 def refused(result, code, *parts):
     """It failed with this code and one line of error that has these parts."""
-    found, out, err = result
+    found, _, err = result
     assert found == code, err
     lines = err.strip().splitlines()
     assert lines[-1].startswith("error: ")
@@ -106,11 +106,18 @@ def test_quantize_json_and_dry_run(cli, tmp_path):
     plan = json.loads(out)
     assert code == 0
     entry = next(m for m in plan["modules"] if m["module"] == "llm.head")
-    assert entry == {"module": "llm.head", "rule": "rules[0] llm.head", "format": "int8", "bytes": 6761 * 64 + 6761 * 4 + 1}
+    assert entry == {
+        "module": "llm.head",
+        "rule": "rules[0] llm.head",
+        "format": "int8",
+        "bytes": 6761 * 64 + 6761 * 4 + 1,
+    }
     assert plan["bytes"] == sum(m["bytes"] for m in plan["modules"])
     code, out, _ = cli("quantize", "nf4", "--source", GOLDEN, "-o", tmp_path / "a", "--json", "--device", "cpu")
     report = json.loads(out)
-    assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != "manifest.json")
+    assert report["bytes"] == sum(
+        p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != "manifest.json"
+    )
     assert plan["bytes"] < report["bytes"]
 
 
@@ -153,7 +160,9 @@ def test_synth_json(cli, spoken, tmp_path):
     code, out, _ = cli("synth", "hello world", *spoken, "-o", tmp_path / "x.flac", "--json")
     report = json.loads(out)
     assert code == 0
-    assert {"load_seconds", "first_audio_seconds", "total_seconds", "real_time_factor", "peak_memory_bytes"} <= set(report)
+    assert {"load_seconds", "first_audio_seconds", "total_seconds", "real_time_factor", "peak_memory_bytes"} <= set(
+        report
+    )
     assert report["seed"] == 3
     info = soundfile.info(tmp_path / "x.flac")
     assert info.frames / info.samplerate == pytest.approx(report["audio_seconds"])
@@ -253,7 +262,9 @@ def start_quantize(tmp_path, **how):
         "from cosyq.cli.main import run; sys.exit(run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", slow, "quantize", "fp32", "--source", str(GOLDEN), "--device", "cpu"]
-    return subprocess.Popen([*command, "-o", str(tmp_path / "artifact")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+    return subprocess.Popen(
+        [*command, "-o", str(tmp_path / "artifact")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -32,7 +32,9 @@ def main() -> None:
     rows = []
     for recipe in recipes:
         artifact = folder / recipe
-        built = cosyq("quantize", recipe, "--source", str(checkpoint), "-o", str(artifact), "--device", "cuda", "--force")
+        built = cosyq(
+            "quantize", recipe, "--source", str(checkpoint), "-o", str(artifact), "--device", "cuda", "--force"
+        )
         voice = str(checkpoint / "voice.safetensors")
         for engine in ("reference", "bnb"):
             spoken = cosyq(
@@ -41,8 +43,10 @@ def main() -> None:
             )  # fmt: skip
             rows.append((recipe, engine, built, spoken))
     print(f"on {rows[0][2]['device']}")
-    head = "recipe engine quantize_s host_GB artifact_MB load_s audio_s peak_MiB tokens/s first_s rtf".split()
-    print(" | ".join(head))
+    head = (
+        "recipe | engine | quantize s | host GB | artifact MB | load s | audio s | peak MiB | tokens/s | first s | rtf"
+    )
+    print(head)
     for recipe, engine, built, spoken in rows:
         values = (
             recipe, engine, f"{built['seconds']:.1f}", f"{built['peak_host_bytes'] / 1e9:.2f}", f"{built['bytes'] / 1e6:.1f}",

@@ -78,6 +78,4 @@ def test_the_cosine_schedule():
 def test_an_utterance_beyond_the_noise_is_refused(flow):
     tokens = torch.zeros(60, dtype=torch.int64)
     with pytest.raises(ValueError, match="120 frames asked for, the fixed noise covers 100"):
-        flow(
-            tokens, torch.zeros(192), torch.zeros(0, 80), torch.zeros(100, 80), streaming=False, final=True, steps=10
-        )
+        flow(tokens, torch.zeros(192), torch.zeros(0, 80), torch.zeros(100, 80), streaming=False, final=True, steps=10)

@@ -94,7 +94,9 @@ def test_zeros_stay_zero():
     assert packed["weight"][2].abs().max() == 0
 
 
-@pytest.mark.parametrize("fmt", [Format("int8"), four_bit("nf4"), four_bit("fp4", 64, False), Format("fp16"), Format("fp32")])
+@pytest.mark.parametrize(
+    "fmt", [Format("int8"), four_bit("nf4"), four_bit("fp4", 64, False), Format("fp16"), Format("fp32")]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_refused(fmt, bad):
     weight = torch.randn(8, 64)

@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from hypothesis import given
@@ -76,5 +76,5 @@ def test_chunks_end_where_blocks_end(prompt, block):
     ends = list(islice(chunk_ends(prompt, block), 6))
     assert all((prompt + end) % block == 0 for end in ends)
     assert 0 < ends[0] <= block
-    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(ends)]
     assert steps == [block, 2 * block, 4 * block, 4 * block, 4 * block]
