@@ -28,7 +28,7 @@ def fetch(repo: str, revision: str, wanted: list[tuple[str, ...]]) -> Path:
     try:
         present = set(HfApi().list_repo_files(repo, revision=revision))
         chosen = [next((name for name in names if name in present), None) for names in wanted]
-        lacking = [names[0] for names, found in zip(wanted, chosen, strict=True) if found is None]
+        lacking = [names[-1] for names, found in zip(wanted, chosen, strict=True) if found is None]
         if lacking:
             raise NetworkError(f"the repository lacks {', '.join(lacking)}", where=where)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[name for name in chosen if name]))

@@ -64,7 +64,7 @@ class StageFileWriter:
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, the plan said {dtype} {list(shape)}")
         self._file.seek(self._places[name][0])
-        self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
     def __enter__(self) -> StageFileWriter:

@@ -26,7 +26,7 @@ def random(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint of random weights: it makes noise, at the speed and size of the real one."""
-    from cosyq.checkpoint.random import FULL, SMALL, write_random
+    from cosyq.random_model import FULL, SMALL, write_random
 
     started = time.perf_counter()
     write_random(folder, FULL if size == "full" else SMALL, seed)

@@ -13,11 +13,11 @@ from cosyq.artifact.manifest import Manifest
 from cosyq.artifact.reader import StageFile, load_stage, open_artifact, stage_tensors, text_rows
 from cosyq.artifact.stagefile import DTYPES, StageFileWriter, header_bytes
 from cosyq.audit import measure_errors, verify_artifact
-from cosyq.checkpoint.random import SMALL, write_random
 from cosyq.errors import ArtifactError, CheckpointError
 from cosyq.model.inventory import STAGES
 from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.pack import pack
+from cosyq.random_model import SMALL, write_random
 from cosyq.voices.voice import Voice
 
 CPU = torch.device("cpu")

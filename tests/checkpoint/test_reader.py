@@ -10,10 +10,10 @@ from conftest import GOLDEN, relative
 from safetensors.torch import save_file
 
 from cosyq.checkpoint import hyperyaml
-from cosyq.checkpoint.random import FULL, SMALL, flow_shapes, llm_shapes, vocoder_shapes, write_random
 from cosyq.checkpoint.reader import open_checkpoint, open_stage
 from cosyq.errors import CheckpointError
 from cosyq.model.inventory import STAGES, inventory
+from cosyq.random_model import FULL, SMALL, flow_shapes, llm_shapes, vocoder_shapes, write_random
 
 STEPS = (10,)
 

@@ -1,0 +1,37 @@
+# Two commands do all the set-up: `make demo` and `make test`. Both work on a CPU and without the Hub.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test quality format clean
+
+# torch first, by itself: what the other packages ask of it is then met already.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+build/demo-checkpoint: | $(READY)
+	$(BIN)/cosyq checkpoint random $@ --size small
+
+demo: $(READY) build/demo-checkpoint
+	$(BIN)/cosyq quantize recipes/demo.yaml --device cpu --force
+	$(BIN)/cosyq synth "Hello there, this is a demonstration." -a artifacts/demo -o build/demo.wav --seed 1 --device cpu
+	@echo "Listen to build/demo.wav: a random model's noise, in the shape of speech."
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .venv artifacts/demo

@@ -1,0 +1,135 @@
+"""The import graph of the package, held to the levels it was designed in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cosyq
+
+PACKAGE = Path(cosyq.__file__).parent
+
+# A file imports lower levels, or files of its own folder.
+LEVELS = {
+    "errors": 0,
+    "recipe": 1,
+    "hub": 1,
+    "audio": 1,
+    "text": 1,
+    "model": 1,
+    "checkpoint": 2,
+    "quantize": 2,
+    "artifact": 3,
+    "voices": 3,
+    "audit": 4,
+    "build": 4,
+    "runtime": 4,
+    "random_model": 4,
+    "cli": 5,
+}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and name != "__main__":
+            yield name, path
+
+
+def imports(path):
+    """(imported module, whether at the top of the file)."""
+    tree = ast.parse(path.read_text("utf-8"))
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, id(node) in top
+
+
+EDGES = [
+    (name, target.removeprefix("cosyq."))
+    for name, path in modules()
+    for target, _ in imports(path)
+    if target.startswith("cosyq.")
+]
+
+
+def level(name):
+    return LEVELS[name.partition(".")[0]]
+
+
+def folder(name):
+    return name.partition(".")[0]
+
+
+def test_every_module_has_a_level():
+    assert {folder(name) for name, _ in modules()} == set(LEVELS)
+
+
+@pytest.mark.parametrize(("name", "target"), sorted(set(EDGES)))
+def test_imports_point_down(name, target):
+    if folder(name) != folder(target):
+        assert level(target) < level(name), f"cosyq.{name} imports cosyq.{target}"
+
+
+def reachable(start):
+    found, todo = set(), [start]
+    while todo:
+        name = todo.pop()
+        for source, target in EDGES:
+            if source == name:
+                for candidate in (target, target.rpartition(".")[0]):
+                    if candidate and candidate not in found and any(candidate == m for m, _ in modules()):
+                        found.add(candidate)
+                        todo.append(candidate)
+    return found
+
+
+def test_speaking_cannot_quantize_again():
+    """The run side reaches nothing that reads recipes or checkpoints or packs weights."""
+    for start in ("runtime.synthesizer", "runtime.engine"):
+        reached = reachable(start)
+        assert "quantize.linear" in reached
+        for forbidden in ("checkpoint", "recipe", "build", "quantize.pack", "quantize.plan", "hub"):
+            assert not {r for r in reached if r == forbidden or r.startswith(forbidden + ".")}
+
+
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [
+        ("bitsandbytes", {"quantize.backend"}),
+        ("huggingface_hub", {"hub"}),
+        ("yaml", {"recipe", "checkpoint.hyperyaml"}),
+        ("pydantic", {"recipe"}),
+        (
+            "typer",
+            {
+                f"cli.{m}"
+                for m in ("main", "console", "quantize", "synth", "inspect", "verify", "recipes", "checkpoint")
+            },
+        ),
+        ("transformers", set()),
+        ("torchaudio", set()),
+        ("pickle", {"checkpoint.tensors"}),  # for the name of its error
+    ],
+)
+def test_a_library_has_one_home(library, home):
+    users = {name for name, path in modules() for target, _ in imports(path) if target.partition(".")[0] == library}
+    assert users == home
+
+
+def test_the_text_package_needs_no_torch():
+    code = "import sys, cosyq.text.tokenizer, cosyq.text.prompt; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_the_command_line_prints():
+    for name, path in modules():
+        if not name.startswith("cli"):
+            calls = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call)]
+            assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], name

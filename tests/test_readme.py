@@ -1,0 +1,77 @@
+"""The README's commands and Python run as written, on the demo's checkpoint."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import GOLDEN, REPOSITORY
+
+from cosyq.cli.main import app
+
+README = (REPOSITORY / "README.md").read_text("utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder as `make demo` leaves it, by the demo's own commands."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "recipes").symlink_to(REPOSITORY / "recipes")
+    for line in re.findall(
+        r"^\t\$\(BIN\)/(cosyq (?:checkpoint|quantize) .*)$", (REPOSITORY / "Makefile").read_text(), re.M
+    ):
+        shell(folder, line.replace("$@", "build/demo-checkpoint"))
+    return folder
+
+
+def shell(folder, line):
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-ec", line], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    return done
+
+
+def test_the_examples_after_the_demo(demo):
+    (block,) = [b for b in blocks("sh") if "synth" in b and "artifacts/demo" in b]
+    for line in block.splitlines():
+        if not line.startswith(". "):
+            shell(demo, line.replace("cosyq ", f"{shlex.quote(sys.executable)} -m cosyq "))
+    assert {"out.wav", "out.s16le", "out.flac"} <= {p.name for p in demo.iterdir()}
+
+
+def test_the_python_example(demo):
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=demo, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(int(line) > 0 for line in done.stdout.split())
+
+
+def test_the_commands_with_the_real_model(demo):
+    """As written but for the source, which is no download here."""
+    (block,) = [b for b in blocks("sh") if "recipes/int8.yaml" in b]
+    lines = [line.partition("#")[0].strip() for line in block.splitlines()]
+    voice = "build/demo-checkpoint/voice.safetensors"
+    shell(demo, f"{lines[0]} --source {GOLDEN}")
+    shell(demo, lines[1].replace("DIR", str(GOLDEN)))
+    shell(demo, lines[2].replace("VOICE.safetensors", voice))
+    assert (demo / "hello.wav").is_file()
+
+
+def test_every_command_is_listed_and_every_listed_one_exists():
+    (block,) = [b for b in blocks("sh") if "cosyq verify" in b]
+    listed = {line.split()[1] for line in block.splitlines()}
+    registered = {c.name for c in app.registered_commands} | {g.name for g in app.registered_groups}
+    assert listed == registered
+
+
+def test_the_set_up_commands_are_targets():
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for line in blocks("sh")[0].splitlines():
+        assert re.search(rf"^{line.split()[1]}:", makefile, re.M)
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text()
