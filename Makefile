@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quality format clean
+.PHONY: demo test test-slow quality format clean
 
 # torch first, by itself: what the other packages ask of it is then met already.
 $(READY): pyproject.toml
@@ -23,6 +23,10 @@ demo: $(READY) build/demo-checkpoint
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Full size: needs 10 GB of disk and minutes.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -62,10 +62,14 @@ class Artifact:
         return {path.stem: path for path in sorted((self.folder / VOICE_FOLDER).glob("*.safetensors"))}
 
     def tokenizer(self) -> TextTokenizer:
+        path, rows = self.folder / TOKENIZER_FILE, self.manifest.model.llm.text_rows
         try:
-            return TextTokenizer((self.folder / TOKENIZER_FILE).read_text("utf-8"))
+            tokenizer = TextTokenizer(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"unusable tokenizer ({error})", where=self.folder / TOKENIZER_FILE) from None
+            raise ArtifactError(f"unusable tokenizer ({error})", where=path) from None
+        if len(tokenizer) > rows:
+            raise ArtifactError(f"has {len(tokenizer)} entries, the text embedding {rows} rows", where=path)
+        return tokenizer
 
 
 def open_artifact(folder: Path) -> Artifact:

@@ -35,15 +35,18 @@ def synth(
     target = _target(output, raw=raw, as_json=as_json)
     folder = choose_artifact(artifact)
 
+    from cosyq.artifact.reader import open_artifact
     from cosyq.audio.sinks import PipeSink, check_suffix, file_sink
-    from cosyq.runtime.synthesizer import load
+    from cosyq.runtime.synthesizer import find_voice, load
     from cosyq.text.prompt import speakable
 
-    speakable(words)  # before seconds go into loading
+    # Whatever can be wrong is said before seconds go into loading.
+    speakable(words)
     if target is not None:
         check_suffix(target, raw=raw)
-    tts = load(folder, device=device, dtype=dtype, engine=engine)
-    options: dict[str, Any] = {"voice": voice, "seed": seed, "steps": flow_steps}
+    opened = open_artifact(folder)
+    options: dict[str, Any] = {"voice": find_voice(opened, voice), "seed": seed, "steps": flow_steps}
+    tts = load(opened, device=device, dtype=dtype, engine=engine)
     chunks = tts.stream(words, **options) if stream else iter([tts.synthesize(words, **options)])
 
     @contextmanager

@@ -84,6 +84,29 @@ class _Utterance:
     seed: int
 
 
+def voice_names(artifact: Artifact) -> list[str]:
+    return list(artifact.voice_files()) or [NEUTRAL]
+
+
+def find_voice(artifact: Artifact, name: str | None = None) -> Voice:
+    """A voice of the artifact by name, or from a .safetensors file by path; None is `default` or the first one.
+
+    Raises:
+        UsageError: there is no such voice.
+        ArtifactError: its file is damaged or does not fit.
+    """
+    config, files = artifact.manifest.model.flow, artifact.voice_files()
+    if name is None:
+        name = "default" if "default" in files else next(iter(files), NEUTRAL)
+    if name in files:
+        return load_voice(files[name], config)
+    if name == NEUTRAL:
+        return Voice.from_speaker(NEUTRAL, torch.zeros(config.speaker_dim), config.mel_dim)
+    if name.endswith(".safetensors"):
+        return load_voice(Path(name), config)
+    raise UsageError("unknown voice", where=name, remedy=f"the artifact has: {', '.join(voice_names(artifact))}")
+
+
 class Synthesizer:
     """An artifact, loaded into an engine. Requests share nothing but the weights."""
 
@@ -96,27 +119,11 @@ class Synthesizer:
         return self.engine.config.vocoder.sample_rate
 
     def voices(self) -> list[str]:
-        return list(self.artifact.voice_files()) or [NEUTRAL]
+        return voice_names(self.artifact)
 
     def voice(self, name: str | None = None) -> Voice:
-        """A voice of the artifact by name, or from a .safetensors file by path; None is `default` or the only one.
-
-        Raises:
-            UsageError: there is no such voice.
-            ArtifactError: its file is damaged or does not fit.
-        """
-        config, files = self.engine.config.flow, self.artifact.voice_files()
-        if name is None and not files:
-            return Voice.from_speaker(NEUTRAL, torch.zeros(config.speaker_dim), config.mel_dim)
-        if name is None:
-            name = "default" if "default" in files else next(iter(files))
-        if name in files:
-            return load_voice(files[name], config)
-        if name == NEUTRAL:
-            return Voice.from_speaker(NEUTRAL, torch.zeros(config.speaker_dim), config.mel_dim)
-        if name.endswith(".safetensors"):
-            return load_voice(Path(name), config)
-        raise UsageError("unknown voice", where=name, remedy=f"the artifact has: {', '.join(self.voices())}")
+        """A voice of the artifact; see `find_voice`."""
+        return find_voice(self.artifact, name)
 
     def synthesize(
         self, text: str, *, voice: str | Voice | None = None, seed: int | None = None, steps: int | None = None

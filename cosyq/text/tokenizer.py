@@ -62,7 +62,7 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
         ValueError: a line is not a pair.
     """
     pairs = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         parts = line.split(" ")

@@ -113,6 +113,16 @@ def test_loading_needs_no_yaml_no_bitsandbytes_and_no_transformers(artifact_of):
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_a_tokenizer_larger_than_the_embedding(scratch_artifact):
+    tokenizer = json.loads((scratch_artifact / "tokenizer.json").read_text())
+    more = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": 581 + i, "content": f"<more{i}>", **more} for i in range(40)]
+    (scratch_artifact / "tokenizer.json").write_text(json.dumps(tokenizer))
+    resign(scratch_artifact, lambda data: None)
+    with pytest.raises(ArtifactError, match=r"has 621 entries, the text embedding 600 rows"):
+        open_artifact(scratch_artifact).tokenizer()
+
+
 # ---- damage
 
 

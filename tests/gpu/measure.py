@@ -1,12 +1,13 @@
 """Full size on this machine's GPU: make a random checkpoint, quantize it, speak ten seconds, print a table.
 
-    python tests/gpu/measure.py [FOLDER] [RECIPE...]
+    python tests/gpu/measure.py [--folder DIR] [--engine NAME]... [RECIPE...]
 
 Every step is a process of its own, so that start-up, peaks and timings are those a user sees.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -24,19 +25,23 @@ def cosyq(*arguments: str) -> dict:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp())
-    recipes = sys.argv[2:] or ["int8", "nf4"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipes", nargs="*", default=["int8", "nf4"])
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--engine", action="append")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp())
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         print("random checkpoint:", cosyq("checkpoint", "random", str(checkpoint)))
     rows = []
-    for recipe in recipes:
+    for recipe in options.recipes:
         artifact = folder / recipe
         built = cosyq(
             "quantize", recipe, "--source", str(checkpoint), "-o", str(artifact), "--device", "cuda", "--force"
         )
         voice = str(checkpoint / "voice.safetensors")
-        for engine in ("reference", "bnb"):
+        for engine in options.engine or ["reference", "bnb"]:
             spoken = cosyq(
                 "synth", WORDS, "-a", str(artifact), "-v", voice, "-o", str(folder / f"{recipe}-{engine}.wav"),
                 "--seed", "1", "--engine", engine, "--device", "cuda",
