@@ -157,6 +157,21 @@ def test_a_flipped_bit_in_a_large_file_is_found_by_verify(scratch_artifact, monk
         open_artifact(scratch_artifact)
 
 
+def test_a_header_that_swaps_two_tensors_is_found(scratch_artifact, monkeypatch):
+    """Same names, same shapes, the file's size: only the header's hash tells."""
+    monkeypatch.setattr("cosyq.artifact.reader.HASHED_ALWAYS", 100_000)
+    path = scratch_artifact / "llm.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    one, other = (header[f"layers.{i}.mlp.up_proj.weight"] for i in (0, 1))
+    one["data_offsets"], other["data_offsets"] = other["data_offsets"], one["data_offsets"]
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(data[:8] + changed + data[8 + length :])
+    with pytest.raises(ArtifactError, match="header does not hash"):
+        open_artifact(scratch_artifact)
+
+
 @pytest.mark.parametrize("position", [5, 2000, -30])
 def test_a_changed_manifest_is_found(scratch_artifact, position):
     flip(scratch_artifact / "manifest.json", position)

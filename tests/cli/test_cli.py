@@ -253,6 +253,11 @@ def test_inspect_and_verify(cli, artifact_of, scratch_artifact):
 # ---- interruption and full disks
 
 
+def as_on_a_terminal():
+    """A job that a shell put into the background, CI perhaps, ignores Ctrl-C and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start_quantize(tmp_path, **how):
     """A quantization slow enough to be interrupted: the packing function takes its time."""
     slow = (
@@ -269,7 +274,7 @@ def start_quantize(tmp_path, **how):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_quantize_leaves_nothing(tmp_path, number, code):
-    process = start_quantize(tmp_path)
+    process = start_quantize(tmp_path, preexec_fn=as_on_a_terminal)
     for _ in range(20):
         process.stdout.readline()  # it is at work
     assert [p.name.split("-")[0] for p in tmp_path.iterdir()] == [".artifact.partial"]
@@ -303,7 +308,7 @@ def test_a_disk_that_fills_up_under_the_audio(artifact_of, tmp_path):
 def test_an_interrupted_synth_leaves_nothing(artifact_of, tmp_path):
     text = "hello world the quick brown fox " * 20
     command = [*COSYQ, "synth", text, "-a", artifact_of("int8"), "-o", tmp_path / "x.wav", "--stream"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=as_on_a_terminal)
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.02)
