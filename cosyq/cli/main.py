@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cosyq import __version__
-from cosyq.cli import checkpoint, inspect, quantize, recipes, synth, verify
+from cosyq.cli import checkpoint, inspect, quantize, recipes, synth, verify, voice
 from cosyq.errors import CosyqError, DeviceError, ReaderGoneError
 
 INTERRUPTED = 130
@@ -30,6 +30,7 @@ app.command("quantize")(quantize.quantize)
 app.command("synth")(synth.synth)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.add_typer(voice.app, name="voice")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")
 
