@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cosyq import __version__
-from cosyq.cli import checkpoint, inspect, quantize, recipes, synth, verify, voice
+from cosyq.cli import checkpoint, convert, inspect, quantize, recipes, synth, verify, voice
 from cosyq.errors import CosyqError, DeviceError, ReaderGoneError
 
 INTERRUPTED = 130
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.quantize)
 app.command("synth")(synth.synth)
+app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.add_typer(voice.app, name="voice")

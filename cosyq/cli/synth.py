@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cosyq.cli.console import ArtifactOption, Device, Json, choose_artifact, emit, note, peak_memory
+from cosyq.cli.voice import Source, make_voice
 from cosyq.errors import UsageError
 
 MAX_STDIN = 1 << 20
@@ -24,6 +25,12 @@ def synth(
     stream: Annotated[bool, typer.Option("--stream", help="Write audio as it is made.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="16-bit little-endian samples without a header.")] = False,
     seed: Annotated[int | None, typer.Option(help="Same seed, same audio.")] = None,
+    speed: Annotated[float, typer.Option(help="0.5 to 2.")] = 1.0,
+    instruct: Annotated[str | None, typer.Option(help="How to say it, as in 'speak slowly'.")] = None,
+    cross_lingual: Annotated[bool, typer.Option("--cross-lingual", help="The voice speaks another language.")] = False,
+    prompt_audio: Annotated[Path | None, typer.Option(help="A recording to speak like, once.")] = None,
+    prompt_text: Annotated[str, typer.Option(help="What is said in it.")] = "",
+    source: Source = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
     engine: Annotated[Literal["reference", "bnb"], typer.Option(help="What multiplies.")] = "reference",
     device: Device = "auto",
@@ -45,7 +52,18 @@ def synth(
     if target is not None:
         check_suffix(target, raw=raw)
     opened = open_artifact(folder)
-    options: dict[str, Any] = {"voice": find_voice(opened, voice), "seed": seed, "steps": flow_steps}
+    if prompt_audio is not None and voice is not None:
+        raise UsageError("give a voice or a recording, not both", where="--prompt-audio")
+    options: dict[str, Any] = {
+        "voice": make_voice(opened, "prompt", prompt_audio, prompt_text, source)
+        if prompt_audio
+        else find_voice(opened, voice),
+        "seed": seed,
+        "steps": flow_steps,
+        "speed": speed,
+        "instruct": instruct,
+        "cross_lingual": cross_lingual,
+    }
     tts = load(opened, device=device, dtype=dtype, engine=engine)
     chunks = tts.stream(words, **options) if stream else iter([tts.synthesize(words, **options)])
 

@@ -112,10 +112,10 @@ def make_voice(opened: Artifact, name: str, audio: Path, transcript: str, source
     from cosyq.voices.enrol import Encoders, enrol
 
     recording = read_recording(audio)  # before a gigabyte is fetched or read
-    return enrol(name, recording, transcript, Encoders(_encoders_folder(opened, source)), opened.manifest.model.flow)
+    return enrol(name, recording, transcript, Encoders(encoders_folder(opened, source)), opened.manifest.model.flow)
 
 
-def _encoders_folder(opened: Artifact, source: str | None) -> Path:
+def encoders_folder(opened: Artifact, source: str | None) -> Path:
     from cosyq import hub
     from cosyq.voices.enrol import ENCODER_FILES
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import shorten_silence
 from cosyq.runtime.engine import Engine, EngineName, TorchEngine, pick_device, pick_dtype
 from cosyq.runtime.schedule import chunk_ends
+from cosyq.runtime.speed import FASTEST, SLOWEST, Pace
 from cosyq.text.prompt import compose
 from cosyq.voices.voice import Voice, load_voice
 
@@ -81,7 +82,27 @@ class _Utterance:
     minimum: int
     maximum: int
     steps: int
+    speed: float
     seed: int
+
+
+class Options(TypedDict, total=False):
+    """How to speak.
+
+    voice: a name, a path to a voice file, or a value; see `find_voice`.
+    seed: fixes the audio; None draws one, which the result names.
+    steps: Euler steps of the flow, one of those the artifact was built for.
+    speed: 0.5 to 2.
+    instruct: how to say it ("speak slowly"); the voice's transcript is then left out.
+    cross_lingual: leave the transcript out, for a voice that speaks another language than the text.
+    """
+
+    voice: str | Voice | None
+    seed: int | None
+    steps: int | None
+    speed: float
+    instruct: str | None
+    cross_lingual: bool
 
 
 def voice_names(artifact: Artifact) -> list[str]:
@@ -125,54 +146,59 @@ class Synthesizer:
         """A voice of the artifact; see `find_voice`."""
         return find_voice(self.artifact, name)
 
-    def synthesize(
-        self, text: str, *, voice: str | Voice | None = None, seed: int | None = None, steps: int | None = None
-    ) -> Audio:
+    def synthesize(self, text: str, **options: Unpack[Options]) -> Audio:
         """Speak `text` and return it whole; the flow attends to the whole utterance.
 
-        Args:
-            voice: a name, a path to a voice file, or a value; see `voice()`.
-            seed: fixes the audio; None draws one, which the result names.
-            steps: Euler steps of the flow, one of those the artifact was built for.
-
         Raises:
-            UsageError: the text, the voice or a number is not usable.
+            UsageError: the text, the voice or an option is not usable.
             DeviceError: the device ran out of memory or of finite numbers.
         """
-        utterance = self._prepare(text, voice, seed, steps)
+        utterance = self._prepare(text, options)
         clock = _Clock(self.load_seconds, utterance.words)
         tokens = list(shorten_silence(clock.counted(self._tokens(utterance))))
-        mel = self.engine.mel(tokens, utterance.voice, streaming=False, final=True, steps=utterance.steps)
-        samples = self.engine.samples(mel, StreamState(), final=True).numpy()
-        return Audio(samples, self.sample_rate, utterance.seed, clock.read(len(samples), self.sample_rate))
+        return self._render(tokens, utterance.voice, utterance.steps, utterance.speed, utterance.seed, clock)
 
-    def stream(
-        self, text: str, *, voice: str | Voice | None = None, seed: int | None = None, steps: int | None = None
-    ) -> Iterator[Audio]:
-        """Speak `text` chunk by chunk; arguments and errors as in `synthesize`.
+    def convert(self, tokens: list[int], *, voice: str | Voice | None = None, steps: int | None = None) -> Audio:
+        """Say the speech ids of a recording (`voices.enrol.Encoders`) in another voice.
+
+        Raises:
+            UsageError: there is nothing to say, or it is too long beside the voice's prompt.
+        """
+        chosen, count = self._voice(voice), len(tokens)
+        if not 0 < count <= self._room(chosen):
+            raise UsageError(f"{count} speech tokens cannot be converted (1 to {self._room(chosen)})")
+        return self._render(tokens, chosen, self._steps(steps), 1.0, 0, _Clock(self.load_seconds, 0))
+
+    def _render(self, tokens: list[int], voice: Voice, steps: int, speed: float, seed: int, clock: _Clock) -> Audio:
+        mel = self.engine.mel(tokens, voice, streaming=False, final=True, steps=steps)
+        samples = self.engine.samples(Pace(speed).frames(mel), StreamState(), final=True).numpy()
+        return Audio(samples, self.sample_rate, seed, clock.read(len(samples), self.sample_rate))
+
+    def stream(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
+        """Speak `text` chunk by chunk; options and errors as in `synthesize`.
 
         The chunks together equal one block-causal pass over the utterance. Everything is checked before the
         generator is returned; closing it stops the work.
         """
-        return self._stream(self._prepare(text, voice, seed, steps))
+        return self._stream(self._prepare(text, options))
 
     def _stream(self, utterance: _Utterance) -> Iterator[Audio]:
         clock = _Clock(self.load_seconds, utterance.words)
-        flow, state = self.engine.config.flow, StreamState()
+        flow, state, pace = self.engine.config.flow, StreamState(), Pace(utterance.speed)
         tokens: list[int] = []
-        sent = given = 0  # frames handed to the vocoder, samples given out
+        sent = given = 0  # frames of the flow, samples given out
         ends = chunk_ends(utterance.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
         end = next(ends)
         for token in shorten_silence(clock.counted(self._tokens(utterance))):
             tokens.append(token)
             if len(tokens) == end + flow.lookahead:
                 mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=False, steps=utterance.steps)
-                samples = self.engine.samples(mel[:, sent:], state, final=False).numpy()
+                samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=False).numpy()
                 sent, given, end = mel.shape[1], given + len(samples), next(ends)
                 if len(samples):
                     yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given, self.sample_rate))
         mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=True, steps=utterance.steps)
-        samples = self.engine.samples(mel[:, sent:], state, final=True).numpy()
+        samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
         yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given + len(samples), self.sample_rate))
 
     def _tokens(self, utterance: _Utterance) -> Iterator[int]:
@@ -184,30 +210,46 @@ class Synthesizer:
             generator=torch.Generator().manual_seed(utterance.seed),
         )
 
-    def _prepare(self, text: str, voice: str | Voice | None, seed: int | None, steps: int | None) -> _Utterance:
-        config, tables = self.engine.config, self.artifact.manifest.flow_steps
-        steps = tables[0] if steps is None else steps
+    def _steps(self, steps: int | None) -> int:
+        tables = self.artifact.manifest.flow_steps
+        if steps is None:
+            return tables[0]
         if steps not in tables:
-            built = ", ".join(map(str, tables))
-            raise UsageError(
-                "the artifact has no table for so many flow steps", where=str(steps), remedy=f"it has: {built}"
-            )
+            remedy = f"it has: {', '.join(map(str, tables))}"
+            raise UsageError("the artifact has no table for so many flow steps", where=str(steps), remedy=remedy)
+        return steps
+
+    def _voice(self, voice: str | Voice | None) -> Voice:
+        chosen = voice if isinstance(voice, Voice) else self.voice(voice)
+        chosen.check(self.engine.config.flow, chosen.name)
+        return chosen
+
+    def _room(self, voice: Voice) -> int:
+        """Speech tokens that fit beside a voice's prompt under the flow's fixed noise."""
+        flow = self.engine.config.flow
+        return flow.noise_frames // flow.token_mel_ratio - voice.prompt_tokens.numel()
+
+    def _prepare(self, text: str, options: Options) -> _Utterance:
+        steps, voice = self._steps(options.get("steps")), self._voice(options.get("voice"))
+        seed, speed = options.get("seed"), options.get("speed", 1.0)
         if seed is None:
             seed = secrets.randbelow(1 << 31)
         if not 0 <= seed <= MAX_SEED:
             raise UsageError("a seed is a number from 0 to 2^63 - 1", where=str(seed))
-        chosen = voice if isinstance(voice, Voice) else self.voice(voice)
-        chosen.check(config.flow, chosen.name)
-        prompted = compose(text, chosen.transcript, self._tokenizer)
-        room = config.flow.noise_frames // config.flow.token_mel_ratio - chosen.prompt_tokens.numel()
+        if not SLOWEST <= speed <= FASTEST:
+            raise UsageError(f"a speed is a number from {SLOWEST} to {FASTEST}", where=str(speed))
+        transcript = "" if options.get("cross_lingual") else voice.transcript
+        prompted = compose(text, transcript, self._tokenizer, instruction=options.get("instruct") or "")
+        room = self._room(voice)
         return _Utterance(
-            voice=chosen,
+            voice=voice,
             text=prompted.prompt + prompted.words,
             words=len(prompted.words),
-            prompt_speech=chosen.prompt_tokens.tolist() if prompted.with_speech else [],
+            prompt_speech=voice.prompt_tokens.tolist() if prompted.with_speech else [],
             minimum=min(MIN_SPEECH_PER_TEXT * len(prompted.words), room),
             maximum=min(MAX_SPEECH_PER_TEXT * len(prompted.words), room),
             steps=steps,
+            speed=speed,
             seed=seed,
         )
 

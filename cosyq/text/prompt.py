@@ -43,15 +43,23 @@ def speakable(text: str) -> str:
     return kept.strip()
 
 
-def compose(text: str, transcript: str, tokenizer: TextTokenizer) -> PromptedText:
+def compose(text: str, transcript: str, tokenizer: TextTokenizer, *, instruction: str = "") -> PromptedText:
     """Put the pieces in the order of training: system line, marker, transcript, words.
 
-    A text with its own marker is an instruction and what to say; the prompt's words and speech stay out of it.
+    Under an instruction ("speak slowly"), the prompt's words and speech stay out: they would be imitated instead.
+    A text that brings its own marker is an instruction and what to say.
+
+    Raises:
+        UsageError: nothing is left to say, it is too long, or there are two instructions.
     """
     text = speakable(text)
     head, marker, words = text.rpartition(END_OF_PROMPT)
+    if instruction and (marker or END_OF_PROMPT in instruction):
+        raise UsageError(f"{END_OF_PROMPT} is placed for you", where="instruction", remedy="leave it out")
     if marker:
         prompt, with_speech = head + marker, False
+    elif instruction:
+        prompt, with_speech = f"{SYSTEM} {speakable(instruction)}{END_OF_PROMPT}", False
     elif END_OF_PROMPT in transcript:
         prompt, with_speech = transcript, True
     else:

@@ -65,7 +65,7 @@ def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
 def _tokens(tts, voice, seed):
     from cosyq.runtime.decode import shorten_silence
 
-    return list(shorten_silence(tts._tokens(tts._prepare(TEXT, voice, seed, None))))
+    return list(shorten_silence(tts._tokens(tts._prepare(TEXT, {"voice": voice, "seed": seed}))))
 
 
 def test_the_minimum_length_is_enforced(tts):
@@ -145,3 +145,41 @@ def test_engines_agree_within_their_arithmetic(artifact_of, voice, recipe):
     assert spoken.timings.finish == "stop"
     if recipe == "int8":
         assert not torch.equal(*mels)  # two engines indeed
+
+
+def test_speed_changes_the_length_and_streams_alike(tts, voice):
+    normal = tts.synthesize(TEXT, voice=voice, seed=2)
+    for speed in (0.5, 1.5, 2.0):
+        audio = tts.synthesize(TEXT, voice=voice, seed=2, speed=speed)
+        assert len(audio.samples) == pytest.approx(len(normal.samples) / speed, abs=480)
+        streamed = sum(len(chunk.samples) for chunk in tts.stream(TEXT, voice=voice, seed=2, speed=speed))
+        assert streamed == len(audio.samples)
+    with pytest.raises(UsageError, match=r"from 0\.5 to 2\.0"):
+        tts.synthesize(TEXT, speed=3)
+
+
+def test_modes_decide_what_the_language_model_sees(tts, voice):
+    def seen(**options):
+        utterance = tts._prepare(TEXT, {"voice": voice, **options})
+        return utterance.text, utterance.prompt_speech
+
+    encode = tts._tokenizer.encode
+    text, speech = seen()
+    assert text == encode("You are a helpful assistant.<|endofprompt|>hello there") + encode(TEXT)
+    assert speech == voice.prompt_tokens.tolist()
+    assert seen(cross_lingual=True) == (encode("You are a helpful assistant.<|endofprompt|>") + encode(TEXT), [])
+    slowly = encode("You are a helpful assistant. speak slowly<|endofprompt|>") + encode(TEXT)
+    assert seen(instruct="speak slowly") == (slowly, [])
+    for bad in ({"instruct": "x<|endofprompt|>"}, {"instruct": "..."}):
+        with pytest.raises(UsageError):
+            seen(**bad)
+
+
+def test_conversion_says_the_same_tokens_in_another_voice(tts, voice):
+    tokens = list(range(500, 540))
+    one, other = tts.convert(tokens, voice=voice), tts.convert(tokens)
+    assert len(one.samples) == len(other.samples) == 40 * 960
+    assert not np.array_equal(one.samples, other.samples)
+    for count in (0, 10_000):
+        with pytest.raises(UsageError, match="cannot be converted"):
+            tts.convert([1] * count, voice=voice)
