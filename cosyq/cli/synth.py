@@ -54,10 +54,12 @@ def synth(
     opened = open_artifact(folder)
     if prompt_audio is not None and voice is not None:
         raise UsageError("give a voice or a recording, not both", where="--prompt-audio")
+    if prompt_audio is not None:
+        chosen = make_voice(opened, "prompt", prompt_audio, prompt_text, source)
+    else:
+        chosen = find_voice(opened, voice)
     options: dict[str, Any] = {
-        "voice": make_voice(opened, "prompt", prompt_audio, prompt_text, source)
-        if prompt_audio
-        else find_voice(opened, voice),
+        "voice": chosen,
         "seed": seed,
         "steps": flow_steps,
         "speed": speed,

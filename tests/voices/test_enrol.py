@@ -210,6 +210,22 @@ def test_the_commands(scratch_artifact, encoders_folder, tmp_path, capsys):
     )
 
 
+def test_a_one_off_voice_and_conversion(scratch_artifact, encoders_folder, tmp_path, capsys):
+    def cli(*arguments):
+        code = run([*map(str, arguments), "-a", str(scratch_artifact), "--device", "cpu", "--json"])
+        return code, capsys.readouterr()
+
+    prompt = ("--prompt-audio", ZERO_SHOT, "--prompt-text", TRANSCRIPT, "--source", encoders_folder)
+    code, _ = cli("synth", "hello", *prompt, "-o", tmp_path / "x.wav", "--seed", "1")
+    assert code == 0
+    code, shown = cli("synth", "hello", *prompt, "-v", "me", "-o", tmp_path / "y.wav")
+    assert (code, "not both" in shown.err) == (2, True)
+    code, shown = cli("convert", ZERO_SHOT, "-o", tmp_path / "z.wav", "--source", encoders_folder)
+    assert code == 0
+    assert json.loads(shown.out)["audio_seconds"] == pytest.approx(3.48, abs=0.05)  # the length of what was said
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".wav") == ["x.wav", "z.wav"]
+
+
 def open_voice(artifact):
     opened = open_artifact(artifact)
     return load_voice(opened.voice_files()["me"], opened.manifest.model.flow)
