@@ -10,6 +10,10 @@ from cosyq.model.config import FlowConfig, LLMConfig, SamplingConfig, VocoderCon
 
 Shapes = dict[str, LazyTensor]
 
+# Pauses, breaths and silence among the codes of speech_tokenizer_v3. The published files do not name them (the
+# original's code does); a checkpoint with a tokenizer of its own lists them as `silent_tokens` in its yaml.
+SILENT_TOKENS = (1, 2, 28, 29, 55, 248, 494, 2241, 2242, 2322, 2323)
+
 
 def describe_llm(yaml: dict[str, Any], qwen: dict[str, Any], tensors: Shapes) -> LLMConfig:
     """Raises KeyError or ValueError when a size is missing or not a number."""
@@ -27,6 +31,7 @@ def describe_llm(yaml: dict[str, Any], qwen: dict[str, Any], tensors: Shapes) ->
         text_rows=_shape(tensors, "text_embedding.weight", 2)[0],
         speech_vocab=int(hyperyaml.lookup(yaml, "llm.speech_token_size")),
         speech_rows=_shape(tensors, "speech_embedding.weight", 2)[0],
+        silent_tokens=tuple(int(token) for token in yaml.get("silent_tokens", SILENT_TOKENS)),
     )
 
 

@@ -28,6 +28,7 @@ class LLMConfig:
     text_rows: int  # rows of the text embedding, a few more than the tokenizer has entries
     speech_vocab: int  # FSQ codes; every id from here up ends the speech
     speech_rows: int  # FSQ codes and the special ids above them
+    silent_tokens: tuple[int, ...]  # pauses and breaths among the codes; runs of them are shortened
 
     @property
     def sos(self) -> int:

@@ -5,7 +5,7 @@ It knows embeddings and ids; not text, voices, engines or audio.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,8 +16,6 @@ from cosyq.model.llm import KVCache, LanguageModel
 Finish = Literal["stop", "length"]
 Sampler = Callable[[Tensor, Sequence[int], bool], int]  # logits [rows], history, may it stop -> id
 
-# Pauses, breaths and silence among the codes of speech_tokenizer_v3.
-SILENT_TOKENS = frozenset({1, 2, 28, 29, 55, 248, 494, 2241, 2242, 2322, 2323})
 LONGEST_SILENCE = 5  # tokens
 
 
@@ -52,10 +50,10 @@ def decode(
     return "length"  # type: ignore[return-value]
 
 
-def shorten_silence(tokens: Iterable[int], longest: int = LONGEST_SILENCE) -> Iterator[int]:
-    """Drop what exceeds `longest` in a run of silent tokens. The language model keeps its own history."""
+def shorten_silence(tokens: Iterable[int], silent: Collection[int], longest: int = LONGEST_SILENCE) -> Iterator[int]:
+    """Drop what exceeds `longest` in a run of `silent` tokens. The language model keeps its own history."""
     run = 0
     for token in tokens:
-        run = run + 1 if token in SILENT_TOKENS else 0
+        run = run + 1 if token in silent else 0
         if run <= longest:
             yield token

@@ -155,7 +155,7 @@ class Synthesizer:
         """
         utterance = self._prepare(text, options)
         clock = _Clock(self.load_seconds, utterance.words)
-        tokens = list(shorten_silence(clock.counted(self._tokens(utterance))))
+        tokens = list(self._speech(utterance, clock))
         return self._render(tokens, utterance.voice, utterance.steps, utterance.speed, utterance.seed, clock)
 
     def convert(self, tokens: list[int], *, voice: str | Voice | None = None, steps: int | None = None) -> Audio:
@@ -189,7 +189,7 @@ class Synthesizer:
         sent = given = 0  # frames of the flow, samples given out
         ends = chunk_ends(utterance.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
         end = next(ends)
-        for token in shorten_silence(clock.counted(self._tokens(utterance))):
+        for token in self._speech(utterance, clock):
             tokens.append(token)
             if len(tokens) == end + flow.lookahead:
                 mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=False, steps=utterance.steps)
@@ -201,14 +201,16 @@ class Synthesizer:
         samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
         yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given + len(samples), self.sample_rate))
 
-    def _tokens(self, utterance: _Utterance) -> Iterator[int]:
-        return self.engine.speech_tokens(
+    def _speech(self, utterance: _Utterance, clock: _Clock) -> Iterator[int]:
+        """The utterance's speech ids as they are drawn, long silences shortened."""
+        drawn = self.engine.speech_tokens(
             utterance.text,
             utterance.prompt_speech,
             minimum=utterance.minimum,
             maximum=utterance.maximum,
             generator=torch.Generator().manual_seed(utterance.seed),
         )
+        return shorten_silence(clock.counted(drawn), self.engine.config.llm.silent_tokens)
 
     def _steps(self, steps: int | None) -> int:
         tables = self.artifact.manifest.flow_steps

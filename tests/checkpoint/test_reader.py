@@ -103,6 +103,13 @@ def test_transformers_5_spelling_of_the_config(scratch_checkpoint, expected):
     assert open_checkpoint(scratch_checkpoint).config == open_checkpoint(GOLDEN).config
 
 
+def test_a_checkpoint_may_name_its_own_silences(scratch_checkpoint):
+    assert 2323 in open_checkpoint(scratch_checkpoint).config.llm.silent_tokens
+    path = scratch_checkpoint / "cosyvoice3.yaml"
+    path.write_text("silent_tokens: [5, 7]\n" + path.read_text("utf-8"))
+    assert open_checkpoint(scratch_checkpoint).config.llm.silent_tokens == (5, 7)
+
+
 def drop(name):
     return lambda state: {k: v for k, v in state.items() if k != name}
 
