@@ -67,7 +67,7 @@ def synth(
         "cross_lingual": cross_lingual,
     }
     tts = load(opened, device=device, dtype=dtype, engine=engine)
-    chunks = tts.stream(words, **options) if stream else iter([tts.synthesize(words, **options)])
+    chunks = tts.stream(words, **options) if stream else tts.utterances(words, **options)
 
     @contextmanager
     def sink() -> Iterator[Any]:

@@ -30,6 +30,7 @@ from cosyq.voices.voice import Voice, load_voice
 
 MIN_SPEECH_PER_TEXT, MAX_SPEECH_PER_TEXT = 2, 20  # speech tokens per text token, the original's bounds
 MAX_SEED = 2**63 - 1
+PARAGRAPH_PAUSE = 0.4  # seconds
 NEUTRAL = "neutral"  # the voice of an artifact without voices: no speaker vector, the flow's average
 
 
@@ -81,6 +82,7 @@ class _Utterance:
     prompt_speech: list[int]
     minimum: int
     maximum: int
+    pause: int  # samples of silence after it
     steps: int
     speed: float
     seed: int
@@ -147,16 +149,28 @@ class Synthesizer:
         return find_voice(self.artifact, name)
 
     def synthesize(self, text: str, **options: Unpack[Options]) -> Audio:
-        """Speak `text` and return it whole; the flow attends to the whole utterance.
+        """Speak `text` and return it whole.
 
         Raises:
             UsageError: the text, the voice or an option is not usable.
             DeviceError: the device ran out of memory or of finite numbers.
         """
-        utterance = self._prepare(text, options)
-        clock = _Clock(self.load_seconds, utterance.words)
-        tokens = list(self._speech(utterance, clock))
-        return self._render(tokens, utterance.voice, utterance.steps, utterance.speed, utterance.seed, clock)
+        parts = list(self.utterances(text, **options))
+        return replace(parts[-1], seed=parts[0].seed, samples=np.concatenate([part.samples for part in parts]))
+
+    def utterances(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
+        """Speak `text` utterance by utterance, about a sentence or two each; options and errors as in `synthesize`.
+
+        The flow attends to the whole of each. Memory does not grow with the text.
+        """
+        return self._utterances(self._prepare(text, options))
+
+    def _utterances(self, utterances: list[_Utterance]) -> Iterator[Audio]:
+        clock = _Clock(self.load_seconds, utterances)
+        for utterance in utterances:
+            tokens = list(self._speech(utterance, clock))
+            audio = self._render(tokens, utterance.voice, utterance.steps, utterance.speed, utterance.seed, clock)
+            yield self._paused(audio, utterance, clock)
 
     def convert(self, tokens: list[int], *, voice: str | Voice | None = None, steps: int | None = None) -> Audio:
         """Say the speech ids of a recording (`voices.enrol.Encoders`) in another voice.
@@ -167,26 +181,37 @@ class Synthesizer:
         chosen, count = self._voice(voice), len(tokens)
         if not 0 < count <= self._room(chosen):
             raise UsageError(f"{count} speech tokens cannot be converted (1 to {self._room(chosen)})")
-        return self._render(tokens, chosen, self._steps(steps), 1.0, 0, _Clock(self.load_seconds, 0))
+        return self._render(tokens, chosen, self._steps(steps), 1.0, 0, _Clock(self.load_seconds, []))
 
     def _render(self, tokens: list[int], voice: Voice, steps: int, speed: float, seed: int, clock: _Clock) -> Audio:
         mel = self.engine.mel(tokens, voice, streaming=False, final=True, steps=steps)
         samples = self.engine.samples(Pace(speed).frames(mel), StreamState(), final=True).numpy()
         return Audio(samples, self.sample_rate, seed, clock.read(len(samples), self.sample_rate))
 
+    def _paused(self, audio: Audio, utterance: _Utterance, clock: _Clock) -> Audio:
+        """The last audio of an utterance, with the pause after it."""
+        if not utterance.pause:
+            return audio
+        timings = clock.read(utterance.pause, self.sample_rate)
+        return replace(audio, samples=np.pad(audio.samples, (0, utterance.pause)), timings=timings)
+
     def stream(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
         """Speak `text` chunk by chunk; options and errors as in `synthesize`.
 
-        The chunks together equal one block-causal pass over the utterance. Everything is checked before the
+        The chunks of an utterance together equal one block-causal pass over it. Everything is checked before the
         generator is returned; closing it stops the work.
         """
         return self._stream(self._prepare(text, options))
 
-    def _stream(self, utterance: _Utterance) -> Iterator[Audio]:
-        clock = _Clock(self.load_seconds, utterance.words)
+    def _stream(self, utterances: list[_Utterance]) -> Iterator[Audio]:
+        clock = _Clock(self.load_seconds, utterances)
+        for utterance in utterances:
+            yield from self._stream_utterance(utterance, clock)
+
+    def _stream_utterance(self, utterance: _Utterance, clock: _Clock) -> Iterator[Audio]:
         flow, state, pace = self.engine.config.flow, StreamState(), Pace(utterance.speed)
         tokens: list[int] = []
-        sent = given = 0  # frames of the flow, samples given out
+        sent = 0  # frames of the flow that were passed on
         ends = chunk_ends(utterance.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
         end = next(ends)
         for token in self._speech(utterance, clock):
@@ -194,12 +219,13 @@ class Synthesizer:
             if len(tokens) == end + flow.lookahead:
                 mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=False, steps=utterance.steps)
                 samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=False).numpy()
-                sent, given, end = mel.shape[1], given + len(samples), next(ends)
+                sent, end = mel.shape[1], next(ends)
                 if len(samples):
-                    yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given, self.sample_rate))
+                    yield Audio(samples, self.sample_rate, utterance.seed, clock.read(len(samples), self.sample_rate))
         mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=True, steps=utterance.steps)
         samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
-        yield Audio(samples, self.sample_rate, utterance.seed, clock.read(given + len(samples), self.sample_rate))
+        audio = Audio(samples, self.sample_rate, utterance.seed, clock.read(len(samples), self.sample_rate))
+        yield self._paused(audio, utterance, clock)
 
     def _speech(self, utterance: _Utterance, clock: _Clock) -> Iterator[int]:
         """The utterance's speech ids as they are drawn, long silences shortened."""
@@ -231,7 +257,7 @@ class Synthesizer:
         flow = self.engine.config.flow
         return flow.noise_frames // flow.token_mel_ratio - voice.prompt_tokens.numel()
 
-    def _prepare(self, text: str, options: Options) -> _Utterance:
+    def _prepare(self, text: str, options: Options) -> list[_Utterance]:
         steps, voice = self._steps(options.get("steps")), self._voice(options.get("voice"))
         seed, speed = options.get("seed"), options.get("speed", 1.0)
         if seed is None:
@@ -242,26 +268,30 @@ class Synthesizer:
             raise UsageError(f"a speed is a number from {SLOWEST} to {FASTEST}", where=str(speed))
         transcript = "" if options.get("cross_lingual") else voice.transcript
         prompted = compose(text, transcript, self._tokenizer, instruction=options.get("instruct") or "")
-        room = self._room(voice)
-        return _Utterance(
-            voice=voice,
-            text=prompted.prompt + prompted.words,
-            words=len(prompted.words),
-            prompt_speech=voice.prompt_tokens.tolist() if prompted.with_speech else [],
-            minimum=min(MIN_SPEECH_PER_TEXT * len(prompted.words), room),
-            maximum=min(MAX_SPEECH_PER_TEXT * len(prompted.words), room),
-            steps=steps,
-            speed=speed,
-            seed=seed,
-        )
+        room, pause = self._room(voice), round(PARAGRAPH_PAUSE * self.sample_rate)
+        return [
+            _Utterance(
+                voice=voice,
+                text=item.prompt + item.words,
+                words=len(item.words),
+                prompt_speech=voice.prompt_tokens.tolist() if item.with_speech else [],
+                minimum=min(MIN_SPEECH_PER_TEXT * len(item.words), room),
+                maximum=min(MAX_SPEECH_PER_TEXT * len(item.words), room),
+                pause=pause if item.ends_paragraph and item is not prompted[-1] else 0,
+                steps=steps,
+                speed=speed,
+                seed=(seed + index) % (MAX_SEED + 1),
+            )
+            for index, item in enumerate(prompted)
+        ]
 
 
 class _Clock:
-    """Times one utterance."""
+    """Times one request, over all its utterances."""
 
-    def __init__(self, load_seconds: float, words: int):
+    def __init__(self, load_seconds: float, utterances: list[_Utterance]):
         self._start = time.perf_counter()
-        self._base = Timings(load_seconds, 0.0, 0.0, 0.0, words, 0, 0.0, "")
+        self._base = Timings(load_seconds, 0.0, 0.0, 0.0, sum(u.words for u in utterances), 0, 0.0, "")
 
     def counted(self, tokens: Iterator[int]) -> Iterator[int]:
         """Pass the language model's tokens on, counting them and its time, and keep how it ended."""
@@ -270,18 +300,19 @@ class _Clock:
             try:
                 token = next(tokens)
             except StopIteration as stop:
-                self._base = replace(self._base, finish=stop.value)
+                if self._base.finish != "length":  # one that was cut is worth knowing of
+                    self._base = replace(self._base, finish=stop.value)
                 return
             spent = self._base.token_seconds + time.perf_counter() - started
             self._base = replace(self._base, speech_tokens=self._base.speech_tokens + 1, token_seconds=spent)
             yield token
 
     def read(self, samples: int, sample_rate: int) -> Timings:
+        """The timings now that `samples` more were made."""
         now = time.perf_counter() - self._start
         first = self._base.first_audio_seconds or now
-        self._base = replace(
-            self._base, first_audio_seconds=first, total_seconds=now, audio_seconds=samples / sample_rate
-        )
+        seconds = self._base.audio_seconds + samples / sample_rate
+        self._base = replace(self._base, first_audio_seconds=first, total_seconds=now, audio_seconds=seconds)
         return self._base
 
 

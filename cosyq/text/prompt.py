@@ -10,41 +10,46 @@ import unicodedata
 from dataclasses import dataclass
 
 from cosyq.errors import UsageError
+from cosyq.text.split import split_text
 from cosyq.text.tokenizer import END_OF_PROMPT, TextTokenizer
 
 SYSTEM = "You are a helpful assistant."
-MAX_CHARACTERS = 10_000  # before tokenizing
-SPLIT = "give it sentence by sentence"
-MAX_TOKENS = 1_000  # of one utterance; the model is trained on sentences
+MAX_CHARACTERS = 50_000  # a long chapter, an hour of speech
 
 
 @dataclass(frozen=True)
 class PromptedText:
-    """Text ids for the language model. `with_speech`: whether the prompt recording's tokens go along."""
+    """Text ids of one utterance for the language model.
+
+    with_speech: whether the prompt recording's tokens go along.
+    ends_paragraph: whether a pause belongs after it.
+    """
 
     prompt: list[int]
     words: list[int]
     with_speech: bool
+    ends_paragraph: bool
 
 
 def speakable(text: str) -> str:
-    """The text without control characters.
+    """The text without control characters; of white space, line ends and spaces remain.
 
     Raises:
-        UsageError: nothing is left to say, or it is too long for one utterance.
+        UsageError: nothing is left to say, or it is too long.
     """
     if len(text) > MAX_CHARACTERS:
-        raise UsageError(f"{len(text)} characters are too many for one utterance", where="text", remedy=SPLIT)
+        raise UsageError(f"{len(text)} characters are too many at once", where="text", remedy="give it in parts")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise UsageError("not valid UTF-8", where="text")
-    kept = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
-    if not any(unicodedata.category(c)[0] in "LN" for c in kept.rpartition(END_OF_PROMPT)[2]):
+    lines = text.replace("\r\n", "\n").replace("\r", "\n")
+    kept = "".join(_plain(c) for c in lines).strip()
+    if not _says_something(kept.rpartition(END_OF_PROMPT)[2]):
         raise UsageError("there is nothing to say: no letter and no digit", where="text")
-    return kept.strip()
+    return kept
 
 
-def compose(text: str, transcript: str, tokenizer: TextTokenizer, *, instruction: str = "") -> PromptedText:
-    """Put the pieces in the order of training: system line, marker, transcript, words.
+def compose(text: str, transcript: str, tokenizer: TextTokenizer, *, instruction: str = "") -> list[PromptedText]:
+    """Put the pieces in the order of training: system line, marker, transcript, words; one item an utterance.
 
     Under an instruction ("speak slowly"), the prompt's words and speech stay out: they would be imitated instead.
     A text that brings its own marker is an instruction and what to say.
@@ -64,11 +69,24 @@ def compose(text: str, transcript: str, tokenizer: TextTokenizer, *, instruction
         prompt, with_speech = transcript, True
     else:
         prompt, with_speech = f"{SYSTEM}{END_OF_PROMPT}{transcript}", bool(transcript)
-    ids = tokenizer.encode(words)
-    if len(ids) > MAX_TOKENS:
-        raise UsageError(
-            f"{len(ids)} tokens are too many for one utterance (at most {MAX_TOKENS})",
-            where="text",
-            remedy=SPLIT,
-        )
-    return PromptedText(tokenizer.encode(prompt), ids, with_speech)
+    before = tokenizer.encode(prompt)
+    pieces = [
+        piece for piece in split_text(words, lambda part: len(tokenizer.encode(part))) if _says_something(piece.text)
+    ]
+    return [
+        PromptedText(before, tokenizer.encode(" ".join(piece.text.split())), with_speech, piece.ends_paragraph)
+        for piece in pieces
+        if _says_something(piece.text)
+    ]
+
+
+def _plain(character: str) -> str:
+    if character == "\n":
+        return character
+    if character.isspace():
+        return " "
+    return "" if unicodedata.category(character)[0] == "C" else character
+
+
+def _says_something(text: str) -> bool:
+    return any(unicodedata.category(c)[0] in "LN" for c in text)

@@ -65,7 +65,8 @@ def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
 def _tokens(tts, voice, seed):
     from cosyq.runtime.synthesizer import _Clock
 
-    return list(tts._speech(tts._prepare(TEXT, {"voice": voice, "seed": seed}), _Clock(0, 0)))
+    (utterance,) = tts._prepare(TEXT, {"voice": voice, "seed": seed})
+    return list(tts._speech(utterance, _Clock(0, [])))
 
 
 def test_the_minimum_length_is_enforced(tts):
@@ -160,7 +161,7 @@ def test_speed_changes_the_length_and_streams_alike(tts, voice):
 
 def test_modes_decide_what_the_language_model_sees(tts, voice):
     def seen(**options):
-        utterance = tts._prepare(TEXT, {"voice": voice, **options})
+        (utterance,) = tts._prepare(TEXT, {"voice": voice, **options})
         return utterance.text, utterance.prompt_speech
 
     encode = tts._tokenizer.encode
@@ -183,3 +184,27 @@ def test_conversion_says_the_same_tokens_in_another_voice(tts, voice):
     for count in (0, 10_000):
         with pytest.raises(UsageError, match="cannot be converted"):
             tts.convert([1] * count, voice=voice)
+
+
+LONG = "hello world. the quick brown fox jumps over the lazy dog. " * 3 + "\n\nanother paragraph begins here, and ends."
+
+
+def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
+    utterances = tts._prepare(LONG, {"voice": voice, "seed": 4})
+    assert len(utterances) > 2
+    assert [u.seed for u in utterances] == [4 + i for i in range(len(utterances))]
+    assert [bool(u.pause) for u in utterances].count(True) == 1
+    assert not utterances[-1].pause
+    parts = list(tts.utterances(LONG, voice=voice, seed=4))
+    assert len(parts) == len(utterances)
+    whole = tts.synthesize(LONG, voice=voice, seed=4)
+    assert np.array_equal(whole.samples, np.concatenate([p.samples for p in parts]))
+    assert whole.seed == 4
+    assert whole.timings.audio_seconds == pytest.approx(len(whole.samples) / 24000)
+    assert whole.timings.text_tokens == sum(u.words for u in utterances)
+    # Each is what it would be alone, with the seed it got.
+    (alone,) = tts._utterances(utterances[:1])
+    assert np.array_equal(alone.samples, parts[0].samples)
+    streamed = list(tts.stream(LONG, voice=voice, seed=4))
+    assert sum(len(c.samples) for c in streamed) == len(whole.samples)
+    assert streamed[-1].timings.audio_seconds == pytest.approx(len(whole.samples) / 24000)
