@@ -156,7 +156,7 @@ class Synthesizer:
             DeviceError: the device ran out of memory or of finite numbers.
         """
         parts = list(self.utterances(text, **options))
-        return replace(parts[-1], seed=parts[0].seed, samples=np.concatenate([part.samples for part in parts]))
+        return replace(parts[-1], samples=np.concatenate([part.samples for part in parts]))
 
     def utterances(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
         """Speak `text` utterance by utterance, about a sentence or two each; options and errors as in `synthesize`.
@@ -169,7 +169,7 @@ class Synthesizer:
         clock = _Clock(self.load_seconds, utterances)
         for utterance in utterances:
             tokens = list(self._speech(utterance, clock))
-            audio = self._render(tokens, utterance.voice, utterance.steps, utterance.speed, utterance.seed, clock)
+            audio = self._render(tokens, utterance.voice, utterance.steps, utterance.speed, clock)
             yield self._paused(audio, utterance, clock)
 
     def convert(self, tokens: list[int], *, voice: str | Voice | None = None, steps: int | None = None) -> Audio:
@@ -181,12 +181,12 @@ class Synthesizer:
         chosen, count = self._voice(voice), len(tokens)
         if not 0 < count <= self._room(chosen):
             raise UsageError(f"{count} speech tokens cannot be converted (1 to {self._room(chosen)})")
-        return self._render(tokens, chosen, self._steps(steps), 1.0, 0, _Clock(self.load_seconds, []))
+        return self._render(tokens, chosen, self._steps(steps), 1.0, _Clock(self.load_seconds, []))
 
-    def _render(self, tokens: list[int], voice: Voice, steps: int, speed: float, seed: int, clock: _Clock) -> Audio:
+    def _render(self, tokens: list[int], voice: Voice, steps: int, speed: float, clock: _Clock) -> Audio:
         mel = self.engine.mel(tokens, voice, streaming=False, final=True, steps=steps)
         samples = self.engine.samples(Pace(speed).frames(mel), StreamState(), final=True).numpy()
-        return Audio(samples, self.sample_rate, seed, clock.read(len(samples), self.sample_rate))
+        return Audio(samples, self.sample_rate, clock.seed, clock.read(len(samples), self.sample_rate))
 
     def _paused(self, audio: Audio, utterance: _Utterance, clock: _Clock) -> Audio:
         """The last audio of an utterance, with the pause after it."""
@@ -221,10 +221,10 @@ class Synthesizer:
                 samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=False).numpy()
                 sent, end = mel.shape[1], next(ends)
                 if len(samples):
-                    yield Audio(samples, self.sample_rate, utterance.seed, clock.read(len(samples), self.sample_rate))
+                    yield Audio(samples, self.sample_rate, clock.seed, clock.read(len(samples), self.sample_rate))
         mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=True, steps=utterance.steps)
         samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
-        audio = Audio(samples, self.sample_rate, utterance.seed, clock.read(len(samples), self.sample_rate))
+        audio = Audio(samples, self.sample_rate, clock.seed, clock.read(len(samples), self.sample_rate))
         yield self._paused(audio, utterance, clock)
 
     def _speech(self, utterance: _Utterance, clock: _Clock) -> Iterator[int]:
@@ -258,6 +258,8 @@ class Synthesizer:
         return flow.noise_frames // flow.token_mel_ratio - voice.prompt_tokens.numel()
 
     def _prepare(self, text: str, options: Options) -> list[_Utterance]:
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
         steps, voice = self._steps(options.get("steps")), self._voice(options.get("voice"))
         seed, speed = options.get("seed"), options.get("speed", 1.0)
         if seed is None:
@@ -290,6 +292,7 @@ class _Clock:
     """Times one request, over all its utterances."""
 
     def __init__(self, load_seconds: float, utterances: list[_Utterance]):
+        self.seed = utterances[0].seed if utterances else 0  # the request's own: what reproduces it
         self._start = time.perf_counter()
         self._base = Timings(load_seconds, 0.0, 0.0, 0.0, sum(u.words for u in utterances), 0, 0.0, "")
 

@@ -114,6 +114,8 @@ def test_a_voice_of_another_model_is_refused(tts):
 def test_numbers_are_checked(tts):
     with pytest.raises(UsageError, match="no table for so many flow steps"):
         tts.stream(TEXT, steps=7)  # before the first chunk is asked for
+    with pytest.raises(TypeError, match="unknown options: sead"):
+        tts.synthesize(TEXT, sead=3)
     with pytest.raises(UsageError, match="a seed is a number"):
         tts.synthesize(TEXT, seed=-1)
 
@@ -200,6 +202,7 @@ def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
     whole = tts.synthesize(LONG, voice=voice, seed=4)
     assert np.array_equal(whole.samples, np.concatenate([p.samples for p in parts]))
     assert whole.seed == 4
+    assert {part.seed for part in parts} == {4}  # the request's, which gives the same audio again
     assert whole.timings.audio_seconds == pytest.approx(len(whole.samples) / 24000)
     assert whole.timings.text_tokens == sum(u.words for u in utterances)
     # Each is what it would be alone, with the seed it got.
@@ -207,4 +210,5 @@ def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
     assert np.array_equal(alone.samples, parts[0].samples)
     streamed = list(tts.stream(LONG, voice=voice, seed=4))
     assert sum(len(c.samples) for c in streamed) == len(whole.samples)
+    assert {chunk.seed for chunk in streamed} == {4}
     assert streamed[-1].timings.audio_seconds == pytest.approx(len(whole.samples) / 24000)
