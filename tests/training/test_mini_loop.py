@@ -42,8 +42,9 @@ def saved(stage: Stage) -> float:
 
 def run(stage: Stage, steps: int, goal: float, scale: float = 1.0) -> None:
     for _ in range(steps):
+        stage.current_rate.fill_(stage.rate)
         stage.descend(stage.network(goal) * scale)
-        stage.step_number += 1
+        stage.finish_step()
 
 
 def test_an_exploding_loss_keeps_the_good_weights(stage, capsys):

@@ -16,7 +16,7 @@ RESAMPLER_TAPS = 96  # per output phase
 
 
 @cache
-def slaney_filters(rate: int, n_fft: int, bins: int, low: float, high: float) -> Tensor:
+def slaney_filters(rate: int, n_fft: int, bins: int, device: torch.device) -> Tensor:
     """Triangles of equal area on Slaney's mel scale, linear to 1 kHz and logarithmic above: [bins, n_fft/2 + 1]."""
     knee, per_mel = 1000.0, 200.0 / 3
     log_step = torch.log(torch.tensor(6.4)).double() / 27
@@ -28,13 +28,13 @@ def slaney_filters(rate: int, n_fft: int, bins: int, low: float, high: float) ->
     def to_hz(mel: Tensor) -> Tensor:
         return torch.where(mel < knee / per_mel, mel * per_mel, knee * torch.exp(log_step * (mel - knee / per_mel)))
 
-    ends = to_mel(torch.tensor([low, high], dtype=torch.float64))
+    ends = to_mel(torch.tensor([0.0, rate / 2], dtype=torch.float64))
     corners = to_hz(torch.linspace(float(ends[0]), float(ends[1]), bins + 2, dtype=torch.float64))
     hz = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     rising = (hz - corners[:-2, None]) / (corners[1:-1] - corners[:-2])[:, None]
     falling = (corners[2:, None] - hz) / (corners[2:] - corners[1:-1])[:, None]
     area = 2.0 / (corners[2:] - corners[:-2])
-    return (torch.minimum(rising, falling).clamp(min=0) * area[:, None]).float()
+    return (torch.minimum(rising, falling).clamp(min=0) * area[:, None]).float().to(device)
 
 
 def magnitude(wave: Tensor, window: int, hop: int) -> Tensor:
@@ -48,7 +48,7 @@ def acoustic_mel(wave: Tensor) -> Tensor:
     """What the flow makes and the vocoder reads: wave [b, n] at 24 kHz -> log mel [b, 80, n // 480]."""
     edge = (MEL_WINDOW - MEL_HOP) // 2
     padded = F.pad(wave[:, None], (edge, edge), mode="reflect")[:, 0]
-    filters = slaney_filters(SAMPLE_RATE, MEL_WINDOW, MEL_BINS, 0.0, SAMPLE_RATE / 2).to(wave.device)
+    filters = slaney_filters(SAMPLE_RATE, MEL_WINDOW, MEL_BINS, wave.device)
     return (filters @ magnitude(padded, MEL_WINDOW, MEL_HOP)).clamp(min=1e-5).log()
 
 
@@ -56,7 +56,7 @@ def whisper_mel(wave: Tensor) -> Tensor:
     """What the speech tokenizer hears: wave [b, n] at 16 kHz -> [b, 128, n // 160], Whisper's scaling."""
     hann = torch.hann_window(WHISPER_WINDOW, device=wave.device)
     spectrum = torch.stft(wave, WHISPER_WINDOW, WHISPER_HOP, window=hann, return_complex=True)
-    filters = slaney_filters(WHISPER_RATE, WHISPER_WINDOW, WHISPER_BINS, 0.0, WHISPER_RATE / 2).to(wave.device)
+    filters = slaney_filters(WHISPER_RATE, WHISPER_WINDOW, WHISPER_BINS, wave.device)
     logs = (filters @ spectrum[..., :-1].abs().square()).clamp(min=1e-10).log10()
     logs = torch.maximum(logs, logs.amax(dim=(1, 2), keepdim=True) - 8.0)
     return (logs + 4.0) / 4.0

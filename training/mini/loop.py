@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from training.mini.config import Folders
 from training.mini.layout import half
+from training.mini.replay import Replay
 
 STARTED = time.monotonic()  # loading the data is part of a stage's time
 REPORT_EVERY = 15.0  # seconds
@@ -28,6 +30,7 @@ WORSE = 2.0  # times the best smoothed loss: lost
 SOUND = 1.25  # times the best smoothed loss: still worth keeping
 PATIENCE = 5  # lost readings in a row before the stage goes back
 KEEP_EVERY = 10  # readings
+MOST_READINGS = 8
 
 
 def stage_arguments(description: str | None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
@@ -51,6 +54,7 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
+        torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be recorded on the default one
         return torch.device("cuda")
     return torch.device("cpu")
 
@@ -140,6 +144,15 @@ class Guard:
         self.strikes, self.smoothed = 0, self.best
 
 
+def new_optimizer(parameters: list[nn.Parameter], rate: Tensor, betas: tuple[float, float] = (0.9, 0.98)) -> AdamW:
+    """`rate` is read at every step. Biases and norms are not decayed: they are few, and some are large for a reason."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=rate, betas=betas, fused=True, capturable=rate.is_cuda)
+
+
 class Stage:
     """A network, its optimizer and its time."""
 
@@ -160,7 +173,12 @@ class Stage:
         self.clock = Clock(args.seconds)
         self.rate = args.rate or (rate * 0.7 if self.resumed else rate)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = self._new_optimizer()
+        device = self.parameters[0].device
+        self.current_rate = torch.zeros((), device=device)
+        self.optimizer = new_optimizer(self.parameters, self.current_rate)
+        self.replay = Replay(enabled=device.type == "cuda")
+        self.readings = torch.zeros(MOST_READINGS, device=device)  # norm, health, losses
+        self.names: list[str] = []
         self.average = Average(network)
         self.guard = Guard(self.average)
         self.step_number = 0
@@ -168,22 +186,13 @@ class Stage:
         count = sum(p.numel() for p in network.parameters())
         print(f"{name}: {count / 1e6:.2f} M parameters, {'resumed' if self.resumed else 'new'}", flush=True)
 
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        """Biases and norms are not decayed: they are few, and some are large for a reason."""
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.01},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=True)
-
     def steps(self) -> Iterator[int]:
         """Numbers the steps until the time is over, reporting and saving now and then; saves at the end."""
         reported = saved = time.monotonic()
         while (spent := self.clock.spent()) < 1 or self.step_number == 0:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate_at(spent, self.rate, warm=self.warm)
+            self.current_rate.fill_(rate_at(spent, self.rate, warm=self.warm))
             yield self.step_number
-            self.step_number += 1
+            self.finish_step()
             now = time.monotonic()
             if now - reported > REPORT_EVERY:
                 reported = now
@@ -194,33 +203,37 @@ class Stage:
         self.save()
         print(f"{self.name}: done, {self.summary()}", flush=True)
 
+    def finish_step(self) -> None:
+        """What no graph can hold."""
+        self.average.update()
+        if self.step_number % READ_EVERY == 0:
+            self._read()
+        self.step_number += 1
+
     def descend(self, loss: Tensor, *, health: Tensor | None = None, **parts: Tensor) -> None:
-        """One optimizer step; a gradient that is not finite leaves the weights alone.
+        """One optimizer step; a gradient that is not finite leaves the weights alone. Never waits for the device.
 
         `health` is what the guard watches, where `loss` itself may well rise.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        if self.step_number % READ_EVERY == 0 and self._read(
-            norm, loss if health is None else health, {"loss": loss, **parts}
-        ):
-            self.return_to_kept()
-            return
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # the fused kernel then leaves the weights alone
         self.optimizer.step()
-        self.average.update()
+        self.names = ["loss", *parts]
+        values = [norm, loss if health is None else health, loss, *parts.values()]
+        self.readings[: len(values)].copy_(torch.stack([value.detach().float() for value in values]))
 
-    def _read(self, norm: Tensor, health: Tensor, values: dict[str, Tensor]) -> bool:
-        """Notes the losses; whether they came apart."""
-        finite = bool(torch.isfinite(norm))
-        if not finite:
+    def _read(self) -> None:
+        """Notes the losses; goes back to the last good weights where they came apart."""
+        norm, health, *values = self.readings.tolist()
+        if not math.isfinite(norm):
             print(f"{self.name}: step {self.step_number} is not finite", flush=True)
-        for key, value in values.items():
-            read = float(value.detach())
-            if math.isfinite(read):
-                self.losses[key] = SMOOTHING * self.losses.get(key, read) + (1 - SMOOTHING) * read
-        return self.guard.read(float(health.detach()) if finite else math.nan)
+        for key, value in zip(self.names, values, strict=False):
+            if math.isfinite(value):
+                self.losses[key] = SMOOTHING * self.losses.get(key, value) + (1 - SMOOTHING) * value
+        if self.guard.read(health if math.isfinite(norm) else math.nan):
+            self.return_to_kept()
 
     def return_to_kept(self) -> None:
         """The last good weights again, at half the rate, with the optimizer's memory of what went wrong gone."""
@@ -231,7 +244,8 @@ class Stage:
             flush=True,
         )
         self.network.load_state_dict(self.guard.kept)
-        self.optimizer = self._new_optimizer()
+        self.optimizer = new_optimizer(self.parameters, self.current_rate)
+        self.replay.forget()
         self.average.restart()
         self.guard.restart()
         self.losses = {}

@@ -93,7 +93,8 @@ class Slice:
         running = []
         if "vocoder" in self.args.stages:
             extra = [f"--{flag}" for flag in ("adversarial", "compile") if getattr(self.args, flag)]
-            running.append(self.start("train_vocoder", *self.scaled(), *extra, seconds=finish))
+            seconds = min(finish, self.args.vocoder_seconds)
+            running.append(self.start("train_vocoder", *self.scaled(), *extra, seconds=seconds))
         if self._encoders():
             finish = self.left() - self.args.ending_seconds
             for stage in ("llm", "flow"):
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=28_000)
     parser.add_argument("--data-seconds", type=float, default=120)
     parser.add_argument("--tokenizer-seconds", type=float, default=150)
+    parser.add_argument("--vocoder-seconds", type=float, default=1e9, help="less than the others have")
     parser.add_argument("--ending-seconds", type=float, default=45, help="kept for export and samples")
     parser.add_argument("--batch-scale", type=float, default=1.0)
     parser.add_argument("--adversarial", action="store_true", help="train the vocoder against judges")

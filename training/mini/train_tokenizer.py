@@ -23,7 +23,7 @@ from training.mini.loop import Stage, folders, mixed, pick_device, save_weights,
 from training.mini.networks.tokenizer import Heads, SpeechTokenizer, correlation, quantize
 
 SECONDS_PER_BATCH = 400
-PHONEME_WEIGHT = 0.4
+PHONEME_WEIGHT = 0.8
 CORRELATION_WEIGHT = 0.3
 LOUDEST_NOISE = 0.01  # faint noise turns pauses into other codes, unless training hears it too
 CALIBRATION = 40  # batches

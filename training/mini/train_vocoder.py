@@ -13,13 +13,13 @@ from torch import Tensor
 
 from training.mini.config import MEL_HOP, MINI
 from training.mini.corpus import Corpus
-from training.mini.discriminators import Judges, deceiving_loss, judging_loss
+from training.mini.discriminators import Judges, Verdict, deceiving_loss, judging_loss
 from training.mini.features import acoustic_mel, magnitude
-from training.mini.loop import Stage, folders, load_weights, pick_device, save_weights, stage_arguments
+from training.mini.loop import Stage, folders, load_weights, new_optimizer, pick_device, save_weights, stage_arguments
 from training.mini.networks.vocoder import HiFT
 
 RESOLUTIONS = ((2048, 480), (1024, 240), (512, 120), (256, 60))
-ROWS, FRAMES = 32, 58
+ROWS, JUDGED_ROWS, FRAMES = 32, 16, 58  # judges cost twice what the vocoder does, and need many steps
 BEFORE, AFTER = 4, 4  # frames at the ends that are heard without their context, and not judged
 MEL_WEIGHT, PITCH_SCALE = 1.0, 50.0
 ADVERSARIAL_WEIGHT, FEATURE_WEIGHT = 0.3, 1.0
@@ -55,24 +55,21 @@ class Adversary:
         self.judges = Judges().to(device)
         self.path = folders(args).checkpoint("judges")
         load_weights(self.path, self.judges)
-        self.optimizer = torch.optim.AdamW(self.judges.parameters(), lr=stage.rate, betas=(0.8, 0.99), fused=True)
-        self.generator = stage
+        self.optimizer = new_optimizer(list(self.judges.parameters()), stage.current_rate, betas=(0.8, 0.99))
 
-    def judge(self, made: Tensor, real: Tensor) -> None:
-        """The judges' own step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.generator.optimizer.param_groups[0]["lr"]
-        loss = judging_loss(self.judges(real), self.judges(made.detach()))
+    def judge(self, made: Tensor, real: Tensor) -> list[Verdict]:
+        """The judges' own step; what they said of the real before it."""
+        seen = self.judges(real)
+        loss = judging_loss(seen, self.judges(made.detach()))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.judges.parameters(), 5.0)
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.step()
+        return seen
 
-    def loss(self, made: Tensor, real: Tensor) -> Tensor:
+    def loss(self, made: Tensor, seen: list[Verdict]) -> Tensor:
         """What the vocoder learns from them."""
-        with torch.no_grad():
-            seen = self.judges(real)
         fooled, matched = deceiving_loss(seen, self.judges(made))
         return ADVERSARIAL_WEIGHT * fooled + FEATURE_WEIGHT * matched
 
@@ -93,23 +90,26 @@ def main() -> None:
     if args.compile:
         network.compile_blocks()
     adversary = Adversary(stage, args, device) if args.adversarial else None
-    rows = max(int(ROWS * args.batch_scale), 2)
+    rows = max(int((JUDGED_ROWS if adversary else ROWS) * args.batch_scale), 2)
     c = MINI.vocoder
     judged = slice(BEFORE * MEL_HOP, (FRAMES - AFTER) * MEL_HOP)
-    for _ in stage.steps():
+
+    def step() -> None:
         mel, f0, wave = crops.draw(rows)
         noise = torch.rand(rows, wave.shape[1], c.harmonics + 1, device=device)
         made = network(mel, f0, noise)[:, judged]
         real = wave[:, judged]
         pitch = (network.f0_predictor(mel) - f0)[:, BEFORE:-AFTER].abs().mean()
-        if adversary:
-            adversary.judge(made, real)
+        seen = adversary.judge(made, real) if adversary else []
         spectral, mels = spectral_loss(made, real), F.l1_loss(acoustic_mel(made), acoustic_mel(real))
         loss = spectral + MEL_WEIGHT * mels + pitch / PITCH_SCALE
         health = loss  # without what judges say, who grow sterner
         if adversary:
-            loss = loss + adversary.loss(made, real)
+            loss = loss + adversary.loss(made, seen)
         stage.descend(loss, health=health, spectral=spectral, mel=mels, pitch=pitch)
+
+    for _ in stage.steps():
+        stage.replay("crops", step)
     if adversary:
         adversary.save()
 

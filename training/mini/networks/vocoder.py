@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,7 +154,22 @@ class HiFT(nn.Module):
         return torch.cat([spectrum.real, spectrum.imag], dim=1)
 
     def _istft(self, x: Tensor) -> Tensor:
+        """torch.istft as one transposed convolution: it looks at values on the host, which a CUDA graph cannot."""
         c, bins = self.c, self.c.n_fft // 2 + 1
         magnitude = x[:, :bins].exp().clamp(max=MAX_MAGNITUDE)
-        spectrum = torch.polar(magnitude, torch.sin(x[:, bins:]))
-        return torch.istft(spectrum, c.n_fft, c.hop, window=hann(c.n_fft, x))
+        phase = torch.sin(x[:, bins:])
+        window = hann(c.n_fft, x)
+        spectrum = torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], dim=1)
+        wave = F.conv_transpose1d(spectrum, (inverse_dft(c.n_fft, x.device) * window)[:, None], stride=c.hop)
+        weight = F.conv_transpose1d(torch.ones_like(x[:1, :1]), window.square()[None, None], stride=c.hop)
+        inside = slice(c.n_fft // 2, wave.shape[-1] - c.n_fft // 2)
+        return wave[:, 0, inside] / weight[:, 0, inside]
+
+
+@cache
+def inverse_dft(n_fft: int, device: torch.device) -> Tensor:
+    """What every real part, then every imaginary part, of a spectrum's half adds to the samples: [n_fft + 2, n_fft]."""
+    turns = torch.outer(torch.arange(n_fft // 2 + 1), torch.arange(n_fft)).double() / n_fft * 2 * torch.pi
+    share = torch.full((n_fft // 2 + 1, 1), 2.0 / n_fft, dtype=torch.float64)
+    share[0] = share[-1] = 1.0 / n_fft
+    return torch.cat([share * turns.cos(), -share * turns.sin()]).float().to(device)
