@@ -110,6 +110,7 @@ def test_speaking_cannot_quantize_again():
         ("onnxruntime", {"voices.enrol"}),
         ("soxr", {"audio.recording"}),
         ("kaldi_native_fbank", {"audio.features"}),
+        ("wetext", {"text.engine"}),
         ("soundfile", {"audio.recording", "audio.sinks"}),
         ("transformers", set()),
         ("torchaudio", set()),

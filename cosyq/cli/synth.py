@@ -28,6 +28,7 @@ def synth(
     speed: Annotated[float, typer.Option(help="0.5 to 2.")] = 1.0,
     instruct: Annotated[str | None, typer.Option(help="How to say it, as in 'speak slowly'.")] = None,
     cross_lingual: Annotated[bool, typer.Option("--cross-lingual", help="The voice speaks another language.")] = False,
+    normalize: Annotated[bool, typer.Option(help="Read numbers and symbols in words.")] = True,
     prompt_audio: Annotated[Path | None, typer.Option(help="A recording to speak like, once.")] = None,
     prompt_text: Annotated[str, typer.Option(help="What is said in it.")] = "",
     source: Source = None,
@@ -45,6 +46,7 @@ def synth(
     from cosyq.artifact.reader import open_artifact
     from cosyq.audio.sinks import PipeSink, check_suffix, file_sink
     from cosyq.runtime.synthesizer import find_voice, load
+    from cosyq.text.engine import engine_name
     from cosyq.text.prompt import speakable
 
     # Whatever can be wrong is said before seconds go into loading.
@@ -65,6 +67,7 @@ def synth(
         "speed": speed,
         "instruct": instruct,
         "cross_lingual": cross_lingual,
+        "normalize": normalize,
     }
     tts = load(opened, device=device, dtype=dtype, engine=engine)
     chunks = tts.stream(words, **options) if stream else tts.utterances(words, **options)
@@ -86,6 +89,7 @@ def synth(
     if as_json:
         place = tts.engine.device
         about = {"output": str(target), "seed": last.seed, "engine": engine, "device": str(place)}
+        about["normalizer"] = engine_name() if normalize else "none"
         emit(about | {"peak_memory_bytes": peak_memory(place)} | timings.to_dict())
         return
     note(

@@ -97,6 +97,7 @@ class Options(TypedDict, total=False):
     speed: 0.5 to 2.
     instruct: how to say it ("speak slowly"); the voice's transcript is then left out.
     cross_lingual: leave the transcript out, for a voice that speaks another language than the text.
+    normalize: read numbers, symbols and abbreviations (`text.normalize`), the default; False says the text as it is.
     """
 
     voice: str | Voice | None
@@ -105,6 +106,7 @@ class Options(TypedDict, total=False):
     speed: float
     instruct: str | None
     cross_lingual: bool
+    normalize: bool
 
 
 def voice_names(artifact: Artifact) -> list[str]:
@@ -269,7 +271,13 @@ class Synthesizer:
         if not SLOWEST <= speed <= FASTEST:
             raise UsageError(f"a speed is a number from {SLOWEST} to {FASTEST}", where=str(speed))
         transcript = "" if options.get("cross_lingual") else voice.transcript
-        prompted = compose(text, transcript, self._tokenizer, instruction=options.get("instruct") or "")
+        prompted = compose(
+            text,
+            transcript,
+            self._tokenizer,
+            instruction=options.get("instruct") or "",
+            normalized=options.get("normalize", True),
+        )
         room, pause = self._room(voice), round(PARAGRAPH_PAUSE * self.sample_rate)
         return [
             _Utterance(

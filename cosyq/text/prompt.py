@@ -10,6 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from cosyq.errors import UsageError
+from cosyq.text.normalize import normalize
 from cosyq.text.split import split_text
 from cosyq.text.tokenizer import END_OF_PROMPT, TextTokenizer
 
@@ -48,14 +49,20 @@ def speakable(text: str) -> str:
     return kept
 
 
-def compose(text: str, transcript: str, tokenizer: TextTokenizer, *, instruction: str = "") -> list[PromptedText]:
+def compose(
+    text: str, transcript: str, tokenizer: TextTokenizer, *, instruction: str = "", normalized: bool = True
+) -> list[PromptedText]:
     """Put the pieces in the order of training: system line, marker, transcript, words; one item an utterance.
+
+    The words are normalised first, all at once, so that the pieces are cut from what is said. The transcript and the
+    instruction are not: the one states what was said in the recording, the other is not said.
 
     Under an instruction ("speak slowly"), the prompt's words and speech stay out: they would be imitated instead.
     A text that brings its own marker is an instruction and what to say.
 
     Raises:
-        UsageError: nothing is left to say, it is too long, or there are two instructions.
+        UsageError: nothing is left to say, it is too long, or there are two instructions, or wetext is
+            needed and cannot be imported.
     """
     text = speakable(text)
     head, marker, words = text.rpartition(END_OF_PROMPT)
@@ -69,6 +76,8 @@ def compose(text: str, transcript: str, tokenizer: TextTokenizer, *, instruction
         prompt, with_speech = transcript, True
     else:
         prompt, with_speech = f"{SYSTEM}{END_OF_PROMPT}{transcript}", bool(transcript)
+    if normalized:
+        words = normalize(words)
     before = tokenizer.encode(prompt)
     pieces = [
         piece for piece in split_text(words, lambda part: len(tokenizer.encode(part))) if _says_something(piece.text)

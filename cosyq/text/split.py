@@ -50,7 +50,7 @@ def split_text(text: str, count: Callable[[str], int], longest: int = LONGEST) -
 
 def _fitting(paragraph: str, count: Callable[[str], int], longest: int) -> Iterator[str]:
     """Sentences, and parts of those that are too long."""
-    for sentence in _sentences(paragraph):
+    for sentence in sentences(paragraph):
         if count(sentence) <= longest:
             yield sentence
             continue
@@ -61,7 +61,8 @@ def _fitting(paragraph: str, count: Callable[[str], int], longest: int) -> Itera
                 yield from _pack(_words(clause, count, longest), count, longest, join_tail=False)
 
 
-def _sentences(paragraph: str) -> Iterator[str]:
+def sentences(paragraph: str) -> Iterator[str]:
+    """The sentences with their ends and the space after them; joined they are `paragraph`."""
     begin = 0
     for match in _SENTENCE.finditer(paragraph):
         head = paragraph[max(begin, match.start() - 12) : match.start()]

@@ -1,0 +1,74 @@
+"""Numbers, symbols and abbreviations in words, in English and Mandarin, before the text is split and tokenized.
+
+A text is taken sentence by sentence for its language, and each span that is not plain words is read by a rule, most of
+them by asking wetext. All else is copied as it stands: plain words never reach the engine, and a text without a number
+does not even load it. Tags such as `[laughter]` pass untouched, the words between two are read.
+Time is linear in the length of the text.
+
+A sentence is Mandarin when it has more Han characters than English words in lower case (names and acronyms occur in
+both), and English when it has any other Latin letters; a sentence without letters goes with the one before it.
+Japanese, Korean and sentences in any other script are left alone, digits too: better unread than read in the wrong
+language. French, German, Italian and Spanish are not told from English: write their numbers in words, or speak them
+without normalization.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from cosyq.text import chinese_rules, english_rules
+from cosyq.text.spans import TAG
+from cosyq.text.split import sentences
+
+_TAG = re.compile(TAG)
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_LATIN = re.compile("[A-Za-z\u00c0-\u024f\uff21-\uff3a\uff41-\uff5a]+")
+_WORD = re.compile(r"(?<![\w@./:-])[a-z]{2,}(?![\w@/:]|[.-]\w)", re.ASCII)  # not of an address, not a unit
+_GREEK = "\u0370-\u03ff\u00b5"
+_SYMBOL = re.compile(f"(?<![{_GREEK}])[{_GREEK}](?![{_GREEK}])")  # μ, π: not yet Greek
+_HALF_WIDTH = str.maketrans("０１２３４５６７８９％＄＋＝＃＆＠．", "0123456789%$+=#&@.")
+
+
+def normalize(text: str) -> str:
+    """`text` as it is said.
+
+    Raises:
+        UsageError: a span needs wetext, and wetext cannot be imported.
+    """
+    return "".join(_read(language, run) for language, run in _runs(text))
+
+
+def _read(language: str, run: str) -> str:
+    if language == "other":
+        return run
+    reader = chinese_rules.reader() if language == "zh" else english_rules.reader()
+    return reader.read(run.translate(_HALF_WIDTH))
+
+
+def _runs(text: str) -> Iterator[tuple[str, str]]:
+    """Sentences with their language, neighbours of one language together."""
+    usual = language = _language(text) or "en"
+    run: list[str] = []
+    for sentence in sentences(text):
+        found = _language(sentence) or language
+        if found == "zh" and usual == "other":
+            found = usual  # a Japanese sentence may have no kana
+        if found != language and run:
+            yield language, "".join(run)
+            run = []
+        language = found
+        run.append(sentence)
+    yield language, "".join(run)
+
+
+def _language(text: str) -> str:
+    """en, zh, other, or nothing where there is no letter."""
+    bare = _SYMBOL.sub("", _TAG.sub(" ", text))
+    han, words = len(_HAN.findall(bare)), len(_WORD.findall(bare))
+    other = sum(map(str.isalpha, _LATIN.sub("", _HAN.sub("", bare))))
+    if other > max(words, han / 4):
+        return "other"
+    if han and han >= words:
+        return "zh"
+    return "en" if _LATIN.search(bare) else ""
