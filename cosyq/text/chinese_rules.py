@@ -182,6 +182,11 @@ RULES: list[Rule] = [
     ),
     (r"(?<!\w)No\.\s?(?=\d)", lambda m: "第"),
     (r"(?<!\w)(?:(?=[a-z]*+[A-Z])[A-Za-z]++-|[A-Za-z]++)\d++(?:\.\d++)?+[A-Za-z]*+(?!\w)", lambda m: coded(m[0])),
+    (
+        r"(?<![\w.])(?P<a>\d++)[xX×*](?P<b>\d++)(?!\w)",
+        lambda m: f"{cardinal(m['a'])}乘{cardinal(m['b'])}",
+    ),
+    (r"(?<=[\w)])\^(?P<n>\d++)", lambda m: f"的{cardinal(m['n'])}次方"),
     (r"(?<![\w.])(?=[A-Za-z]*+\d)(?=\d*+[A-Za-z])[A-Za-z0-9]++(?!\w)", lambda m: coded(m[0])),
     # Sums
     (r"(?<=[\w)%])\s?(?P<s>[+×÷=≈≤≥≠])\s?(?=[-−]?[\w(])", lambda m: SYMBOLS[m["s"]]),
@@ -203,7 +208,7 @@ RULES: list[Rule] = [
     # Numbers
     (rf"第(?P<n>{INTEGER})", lambda m: "第" + cardinal(m["n"])),
     (r"(?<=月)(?P<n>\d\d?)(?=[日号號])", lambda m: cardinal(m["n"])),
-    (rf"(?<![\w.,])2(?=(?!{NOT_COUNTED})(?:{COUNTED}))", lambda m: "两"),
+    (rf"(?<![\w.,=])2(?=(?!{NOT_COUNTED})(?:{COUNTED}))", lambda m: "两"),
     (rf"(?<![\w)%])[-−](?P<n>{NUMBER})", lambda m: "负" + number(m["n"])),
     (NUMBER, lambda m: number(m[0])),
 ]

@@ -266,6 +266,8 @@ def fraction(match: re.Match[str]) -> str:
         return "twenty four seven"
     if (over, under) == ("9", "11"):
         return "nine eleven"
+    if (over, under) == ("50", "50"):
+        return "fifty fifty"
     if not whole and under in ("10", "100"):
         return f"{cardinal(over)} out of {cardinal(under)}"
     if len(over) > 2 or len(under) > 2 or not 0 < int(over) < int(under):

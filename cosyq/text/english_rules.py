@@ -115,6 +115,7 @@ _PHONE = (
     r"(?<![\w.+-])\+?(?:1[-. ]?)?\(\d{3}\)[-. ]?\d{3}[-. ]\d{4}(?![\w-])"
     r"|(?<![\w.+-])\+\d{1,3}(?:[- ]\(?\d{1,5}\)?){1,5}(?![\w-])"
     r"|(?<![\w.+-])(?:1[-.])?\d{3}[-.]\d{3}[-.]\d{4}(?![\w-])"
+    r"|(?<![\w.+-])\(\d{2,5}\)[- ]?\d{3,4}[- ]\d{3,4}(?![\w-])"
     r"|(?<![\w.-])\d{3}-\d{4}(?![\w-])"
     r"|(?<![\w.-])1[3-9]\d(?:\d{8}|[- ]\d{4}[- ]\d{4})(?![\w-])"
     r"|(?<![\w.-])\d++(?:-\d++){2,}+(?![\w-])"
@@ -204,6 +205,10 @@ RULES: list[Rule] = [
     (r"\b(?P<name>" + NUMBERED + r")\s(?P<n>\d{3,4})(?![\w,.]*\d)", lambda m: f"{m['name']} {paired(m['n'])}"),
     (r"(?<![\w.])(?P<n>\d{3,4})(?P<p>[pP])(?!\w)", lambda m: f"{paired(m['n'])} {m['p']}"),
     (r"(?<!\w)(?:(?=[a-z]*+[A-Z])[A-Za-z]++-|[A-Za-z]++)\d++(?:\.\d++)?+[A-Za-z]*+(?!\w)", lambda m: coded(m[0])),
+    (
+        r"(?<![\w.])(?P<a>\d++)[xX×](?P<b>\d++)(?!\w)",
+        lambda m: f"{paired(m['a'])} by {paired(m['b'])}",
+    ),
     (r"(?<![\w.])(?=[A-Za-z]*+\d)(?=\d*+[A-Za-z])[A-Za-z0-9]++(?!\w)", lambda m: coded(m[0])),
     (
         rf"(?<![\w.])(?P<a>{NUMBER})(?:[-–~]|\s[–~]\s)(?P<b>{NUMBER})(?![\w-])",
@@ -214,7 +219,9 @@ RULES: list[Rule] = [
     (r"(?<=[\w)%])\s?(?P<s>[=×÷≈≤≥≠])\s?(?=[-−]?[\w(])", lambda m: f" {SYMBOLS[m['s']]} "),
     (r"(?<=[\d)])\s?(?P<s>\*)\s?(?=[\d(])|(?<=\d)\s(?P<t>[x<>/])\s(?=\d)", lambda m: f" {SYMBOLS[m['s'] or m['t']]} "),
     (r"(?<=[\d)])\s?[-−]\s?(?=[\d(][^\n=]{0,40}=)", lambda m: " minus "),
-    (r"(?<=\d)\s-\s(?=\d)", lambda m: " to "),
+    (r"(?<=\d)(?:\s-\s|[-–])(?=\d)", lambda m: " to "),
+    (r"(?<=\d)/(?=\d)", lambda m: " out of "),
+    (r"(?<=[\w)])\^(?=[\w(])", lambda m: " to the power of "),
     (r"±\s?(?=\d)", lambda m: "plus or minus "),
     (r"[~≈]\s?(?=\d)", lambda m: "about "),
     (r"(?<=\d)\+(?!\w)", lambda m: " plus"),
@@ -232,7 +239,7 @@ RULES: list[Rule] = [
         lambda m: abbreviated_end(f"{m['name']} {STREETS[m['a']]}", m),
     ),
     (
-        r"(?<![\w.])(?P<a>" + "|".join(sorted(ABBREVIATIONS, key=len, reverse=True)) + r")\.\s?(?=[A-Z])",
+        r"(?<![\w.])(?P<a>" + "|".join(sorted(ABBREVIATIONS, key=len, reverse=True)) + r")\.\s?(?=[A-Z]|and\s)",
         lambda m: ABBREVIATIONS[m["a"]] + " ",
     ),
     (

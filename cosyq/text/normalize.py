@@ -27,6 +27,7 @@ _LATIN = re.compile("[A-Za-z\u00c0-\u024f\uff21-\uff3a\uff41-\uff5a]+")
 _WORD = re.compile(r"(?<![\w@./:-])[a-z]{2,}(?![\w@/:]|[.-]\w)", re.ASCII)  # not of an address, not a unit
 _GREEK = "\u0370-\u03ff\u00b5"
 _SYMBOL = re.compile(f"(?<![{_GREEK}])[{_GREEK}](?![{_GREEK}])")  # μ, π: not yet Greek
+_PUNCTUATION = re.compile("[，。、；：！？《》「」]")  # of "3D、4K"
 _HALF_WIDTH = str.maketrans("０１２３４５６７８９％＄＋＝＃＆＠．", "0123456789%$+=#&@.")
 
 
@@ -71,4 +72,6 @@ def _language(text: str) -> str:
         return "other"
     if han and han >= words:
         return "zh"
-    return "en" if _LATIN.search(bare) else ""
+    if not _LATIN.search(bare):
+        return ""
+    return "zh" if _PUNCTUATION.search(bare) and not words else "en"

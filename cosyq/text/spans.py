@@ -27,7 +27,7 @@ _FILE = (
     "txt|md|pdf|docx?|xlsx?|pptx?|csv|tsv|json|ya?ml|toml|xml|html?|css|js|ts|py|ipynb|sh|rs|go|java|cpp|zip|gz|tar|exe"
     "|dll|so|wav|mp3|mp4|flac|ogg|png|jpe?g|gif|svg|safetensors|pt|onnx|log|cfg|ini|conf"
 )
-_PATH = r"[^\s<>\"'，。、；！？：（）【】《》“”‘’]"
+_PATH = r"[^\s<>\[\]\"'，。、；！？：（）【】《》“”‘’]"
 EMAIL = r"(?<![\w.+-])[\w.+-]++@[\w-]++(?:\.[\w-]++)++"
 URL = rf"(?<!\w)(?:https?|ftp)://{_PATH}++"
 BARE_URL = rf"(?<![\w.@/-])(?=[\w.-]*\.(?:{_WEB})(?![\w-]))[A-Za-z0-9][\w-]*+(?:\.[\w-]++)++(?:[:/]{_PATH}++)?"

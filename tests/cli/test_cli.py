@@ -168,6 +168,18 @@ def test_synth_json(cli, spoken, tmp_path):
     assert info.frames / info.samplerate == pytest.approx(report["audio_seconds"])
 
 
+def test_synth_normalizes_unless_told_not_to(cli, spoken, tmp_path):
+    def report(text, *options):
+        return json.loads(cli("synth", text, *spoken, "-o", tmp_path / "x.wav", "--json", *options)[1])
+
+    read, said = report("It is 12."), report("It is twelve.")
+    assert read["normalizer"].startswith("wetext 0.")
+    assert read["text_tokens"] == said["text_tokens"]
+    raw = report("It is 12.", "--no-normalize")
+    assert raw["normalizer"] == "none"
+    assert raw["text_tokens"] != read["text_tokens"]
+
+
 def pipe(*arguments, stdin=b""):
     done = subprocess.run([*COSYQ, *map(str, arguments)], input=stdin, capture_output=True)
     assert done.returncode == 0, done.stderr

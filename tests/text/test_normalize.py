@@ -137,11 +137,26 @@ def test_each_rule_reads_what_its_pattern_finds(rules):
         assert compiled.groups == len(compiled.groupindex), pattern
 
 
-@pytest.mark.parametrize("text", ["Dr. No met us in May. It's fine!", 'He said: "No." Then St. Peter left.'])
-def test_the_engine_is_not_given_words(text):
-    """What wetext does to plain words, and why it gets none."""
-    assert say("en", "in May 5") != "in May five"
-    assert normalize(text).count('"') == text.count('"')
+def test_the_engine_is_given_spans_and_no_sentence(monkeypatch):
+    """It would escape the quotation marks and read "No." as a number."""
+    given = []
+
+    class Recorder:
+        def __init__(self, language):
+            self.engine = real(language)
+
+        def normalize(self, written):
+            given.append(written)
+            return self.engine.normalize(written)
+
+    real = engine._normalizer
+    assert real("en").normalize('He said "No."') != 'He said "No."'
+    monkeypatch.setattr(engine, "_normalizer", Recorder)
+    engine.say.cache_clear()
+    assert normalize('In January he said "No." 3 times.') == 'In January he said "No." three times.'
+    normalize(MIXED)
+    assert "3" in given
+    assert all(re.fullmatch(r"[0-9:/.]{1,12}(?:st|nd|rd|th)?(?: ?[A-Za-z°/]{1,6}|元)?", span) for span in given), given
 
 
 @pytest.mark.parametrize(
