@@ -137,22 +137,13 @@ def money(match: re.Match[str]) -> str:
     return ("负" if match["sign"] else "") + words + scale + unit
 
 
-def _range(match: re.Match[str]) -> str:
-    left, right = match["a"], match["b"]
-    if match["year"]:
-        return f"{spelled(left)}年到{spelled(right)}" if match["inner"] else f"{spelled(left)}到{spelled(right)}"
-    return f"{counted(left) if match['counted'] is not None else number(left)}到" + (
-        counted(right) if match["counted"] is not None else number(right)
-    )
-
-
 def year(match: re.Match[str]) -> str:
     return spelled(match["n"])
 
 
 def fraction(match: re.Match[str]) -> str:
     over, under = match["over"], match["under"]
-    if int(over) >= int(under) and 1 <= int(over) <= 12 and 1 <= int(under) <= 31:
+    if max(len(over), len(under)) <= 2 and int(under) <= int(over) <= 12 and int(under):
         return f"{cardinal(over)}月{cardinal(under)}日"
     return f"{cardinal(under)}分之{cardinal(over)}"
 

@@ -37,7 +37,7 @@ ENGLISH = [
     "Mon",
     "sat",
     "No",
-    "Chapter",
+    "Dr",
     "a",
     "I",
     "x",
@@ -259,3 +259,31 @@ def test_time_is_linear(unit):
 def test_long_runs_of_digits_never_reach_the_engine():
     assert seconds("It is " + "9" * 4096) < 0.2
     assert seconds("这是" + "9" * 4096) < 0.2
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "{}/2",
+        "2/{}",
+        "${}",
+        "{}.5",
+        "{}-{}",
+        "{}th",
+        "{}%",
+        "{} kg",
+        "A{}",
+        "{}:{}",
+        "v{}.1",
+        "{}年",
+        "第{}",
+        "¥{}",
+        "#{}",
+    ],
+)
+@pytest.mark.parametrize("start", ["it is ", "这是"])
+def test_a_long_run_in_any_place_is_read(shape, start):
+    """More digits than Python makes a number of."""
+    text = start + shape.format("1" * 5000, "2" * 5000)
+    assert not re.search("[0-9]", normalize(text))
+    assert seconds(text) < 0.5
