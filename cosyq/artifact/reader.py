@@ -235,7 +235,7 @@ def _install(
         replacement: nn.Module = PackedEmbedding(placed)
     else:
         out, width = module.parameters["weight"]
-        replacement = packed_linear(fmt, (out, width), placed, bias, matmul)
+        replacement = packed_linear(fmt, (out, width), placed, bias, matmul=matmul, dtype=dtype)
     parent, _, leaf = module.path.rpartition(".")
     setattr(network.get_submodule(parent), leaf, replacement)
 

@@ -2,7 +2,7 @@
 
 `DequantLinear` unpacks on the fly and multiplies in the activations' dtype: weight-only, any device, the
 oracle. `Int8Linear` and `FourBitLinear` hand the same bytes to bitsandbytes' own multiply, for comparison;
-only they import it.
+only they import it. `DequantLinear.unpacked` trades memory for speed: the weight unpacked once.
 
 The packed tensors are kept in a plain dict and not as parameters or buffers: no `.to(dtype)` can reach
 the scales, which must stay float32.
@@ -26,7 +26,7 @@ from cosyq.quantize.formats import (
     state_key,
 )
 
-Matmul = Literal["dequantize", "bitsandbytes"]
+Matmul = Literal["dequantize", "unpacked", "bitsandbytes"]
 OUTLIER_THRESHOLD = 6.0  # LLM.int8()'s published default
 
 
@@ -59,6 +59,14 @@ class DequantLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight().to(x.dtype), self.bias)
+
+    def unpacked(self, dtype: torch.dtype) -> nn.Linear:
+        """The same layer for inputs in `dtype`, to the bit, with the weight unpacked for good."""
+        linear = nn.Linear(self.shape[1], self.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias, requires_grad=False)
+        return linear
 
 
 class Int8Linear(PackedLinear):
@@ -98,10 +106,17 @@ class PackedEmbedding(nn.Module):
 
 
 def packed_linear(
-    fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None, matmul: Matmul
-) -> PackedLinear:
-    """The module that multiplies by `tensors` (as in `formats.stored_tensors`) in the chosen way."""
-    if matmul == "dequantize":
-        return DequantLinear(fmt, shape, tensors, bias)
+    fmt: Format,
+    shape: tuple[int, int],
+    tensors: dict[str, Tensor],
+    bias: Tensor | None,
+    *,
+    matmul: Matmul,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """The module that multiplies inputs in `dtype` by `tensors` (as in `formats.stored_tensors`) in the chosen way."""
+    if matmul != "bitsandbytes":
+        layer = DequantLinear(fmt, shape, tensors, bias)
+        return layer if matmul == "dequantize" else layer.unpacked(dtype)
     kind = Int8Linear if fmt.name == "int8" else FourBitLinear
     return kind(fmt, shape, tensors, bias)

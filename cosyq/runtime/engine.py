@@ -1,7 +1,8 @@
 """An engine: the three networks on a device, behind the three calls that synthesis makes.
 
 `reference` runs plain torch on any device and unpacks weights on the fly: slow, and what faster engines are
-tested against. `bnb` is the same with bitsandbytes' own products, for comparison.
+tested against. `unpacked` is the same with the weights unpacked at load, to the same bits, in the memory that a model
+without quantization needs. `bnb` has bitsandbytes' own products, for comparison.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from cosyq.runtime.decode import decode
 from cosyq.runtime.sampling import sample
 from cosyq.voices.voice import Voice
 
-EngineName = Literal["reference", "bnb"]
-MATMULS: dict[str, Matmul] = {"reference": "dequantize", "bnb": "bitsandbytes"}
+EngineName = Literal["reference", "unpacked", "bnb"]
+EngineChoice = Literal["auto", "reference", "unpacked", "bnb"]
+MATMULS: dict[EngineName, Matmul] = {"reference": "dequantize", "unpacked": "unpacked", "bnb": "bitsandbytes"}
 VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
 
@@ -47,7 +49,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """The engines `reference` and `bnb`.
+    """The engines `reference`, `unpacked` and `bnb`.
 
     Raises:
         DeviceError: the device is missing or too small.
@@ -134,6 +136,13 @@ def pick_device(name: str) -> torch.device:
     elif device.type != "cpu":
         raise DeviceError("not supported", where=name, remedy="use auto, cuda or cpu")
     return device
+
+
+def pick_engine(name: EngineChoice, device: torch.device) -> EngineName:
+    """auto is `unpacked` on a CPU, where unpacking at every step takes most of the time, and `reference` elsewhere."""
+    if name == "auto":
+        return "unpacked" if device.type == "cpu" else "reference"
+    return name
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

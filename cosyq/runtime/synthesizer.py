@@ -22,7 +22,7 @@ from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.errors import UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import shorten_silence
-from cosyq.runtime.engine import Engine, EngineName, TorchEngine, pick_device, pick_dtype
+from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.schedule import chunk_ends
 from cosyq.runtime.speed import FASTEST, SLOWEST, Pace
 from cosyq.text.prompt import compose
@@ -328,7 +328,7 @@ class _Clock:
 
 
 def load(
-    artifact: str | Path | Artifact, *, device: str = "auto", dtype: str = "auto", engine: EngineName = "reference"
+    artifact: str | Path | Artifact, *, device: str = "auto", dtype: str = "auto", engine: EngineChoice = "auto"
 ) -> Synthesizer:
     """Open an artifact and put it on a device.
 
@@ -336,7 +336,7 @@ def load(
         artifact: a folder, or an artifact that was opened already.
         device: auto, cpu, cuda or cuda:N.
         dtype: what matrix products are computed in: auto, bf16, fp16 or fp32.
-        engine: `reference` or `bnb`.
+        engine: auto, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
 
     Raises:
         ArtifactError: it is missing, damaged or too new.
@@ -345,5 +345,5 @@ def load(
     started = time.perf_counter()
     opened = artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact))
     place = pick_device(device)
-    networks = TorchEngine(opened, engine, place, pick_dtype(dtype, place))
+    networks = TorchEngine(opened, pick_engine(engine, place), place, pick_dtype(dtype, place))
     return Synthesizer(opened, networks, time.perf_counter() - started)

@@ -9,6 +9,7 @@ from conftest import relative
 import cosyq
 from cosyq.errors import ArtifactError, DeviceError, UsageError
 from cosyq.model.vocoder import StreamState
+from cosyq.quantize.linear import PackedLinear
 from cosyq.runtime.engine import pick_device
 from cosyq.runtime.synthesizer import NEUTRAL
 from cosyq.voices.voice import Voice
@@ -148,6 +149,19 @@ def test_engines_agree_within_their_arithmetic(artifact_of, voice, recipe):
     assert spoken.timings.finish == "stop"
     if recipe == "int8":
         assert not torch.equal(*mels)  # two engines indeed
+
+
+@pytest.mark.parametrize("recipe", ["int8", "nf4", "hybrid"])
+def test_unpacked_weights_give_the_same_samples(artifact_of, voice, recipe):
+    packed, unpacked = (
+        cosyq.load(artifact_of(recipe), device="cpu", engine=name) for name in ("reference", "unpacked")
+    )
+    samples = [tts.synthesize(TEXT, voice=voice, seed=1).samples for tts in (packed, unpacked)]
+    np.testing.assert_array_equal(*samples)
+    layers = [tts.engine.llm.get_submodule("layers.0.mlp.down_proj") for tts in (packed, unpacked)]
+    assert isinstance(layers[0], PackedLinear)
+    assert layers[1].weight.dtype == torch.float32
+    assert cosyq.load(artifact_of(recipe), device="cpu").engine.name == "unpacked"
 
 
 def test_speed_changes_the_length_and_streams_alike(tts, voice):
