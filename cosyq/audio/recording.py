@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ MIN_RATE, MAX_RATE = 8_000, 384_000
 MAX_CHANNELS = 8
 SILENCE = 1e-3  # peak, of full scale
 CLIPPED_SHARE = 0.01  # of samples at full scale
+BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def read_recording(path: Path, *, longest: float = MAX_SECONDS) -> Recording:
     """
     import soundfile
 
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike the path's own method, quiet about names that no file can have
         raise UsageError("no such audio file", where=path)
     try:
         with soundfile.SoundFile(path) as file:
@@ -55,10 +57,13 @@ def read_recording(path: Path, *, longest: float = MAX_SECONDS) -> Recording:
             if not MIN_RATE <= rate <= MAX_RATE or not 1 <= channels <= MAX_CHANNELS:
                 raise UsageError(f"{channels} channels at {rate} Hz are no recording of speech", where=path)
             limit = int(longest * rate)
-            data = file.read(limit + 1, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise UsageError(f"not readable as audio ({error.error_string})", where=path) from None
-    samples = np.ascontiguousarray(data.mean(axis=1), dtype=np.float32)
+            # Mixed down block by block: a header that claims eight channels must not cost eight times the memory.
+            blocks = file.blocks(BLOCK, frames=limit + 1, dtype="float32", always_2d=True)
+            samples = np.concatenate([np.empty(0, np.float32), *(block.mean(axis=1) for block in blocks)])
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a .raw file, which has no header
+        reason = getattr(error, "error_string", error)
+        remedy = "wav, flac, mp3 and ogg are read; make one with `ffmpeg -i FILE out.wav`"
+        raise UsageError(f"not readable as audio ({reason})", where=path, remedy=remedy) from None
     if len(samples) > limit:
         raise UsageError(f"longer than {longest:g} seconds", where=path, remedy="cut out a clean passage")
     _check_speech(samples, rate, path)
