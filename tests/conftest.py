@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 
 import pytest
+import stand_in
 import torch
 from safetensors.torch import load_file
 
@@ -73,6 +74,25 @@ def scratch_artifact(artifact_of: Callable[..., Path], tmp_path: Path) -> Path:
 def scratch_checkpoint(tmp_path: Path) -> Path:
     """A copy of the golden checkpoint that a test may damage."""
     return Path(shutil.copytree(GOLDEN, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def encoders_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stand-ins for the checkpoint's encoders; not to be changed."""
+    return stand_in.encoders(tmp_path_factory.mktemp("onnx") / "encoders")
+
+
+@pytest.fixture
+def whole_checkpoint(scratch_checkpoint: Path, encoders_folder: Path) -> Path:
+    """A copy of the golden checkpoint with encoders, as the published one has them."""
+    return Path(shutil.copytree(encoders_folder, scratch_checkpoint, dirs_exist_ok=True))
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[stand_in.Web]:
+    """A small web server with TLS; SSL_CERT_FILE=`tmp_path`/ca.pem trusts it."""
+    with stand_in.web(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -109,9 +109,10 @@ def export(
 def make_voice(opened: Artifact, name: str, audio: Path, transcript: str, source: str | None) -> Voice:
     """Enrol a recording with the encoders of the checkpoint that the artifact was made from, or of `source`."""
     from cosyq.audio.recording import read_recording
-    from cosyq.voices.enrol import Encoders, enrol
+    from cosyq.voices.enrol import Encoders, check_take, enrol
 
-    recording = read_recording(audio)  # before a gigabyte is fetched or read
+    recording = read_recording(audio)
+    check_take(name, recording, transcript)  # before a gigabyte is fetched or read
     return enrol(name, recording, transcript, Encoders(encoders_folder(opened, source)), opened.manifest.model.flow)
 
 

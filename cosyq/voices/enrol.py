@@ -5,6 +5,7 @@ onnxruntime and the two ONNX networks of the checkpoint (1 GB for the real model
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,27 @@ from cosyq.audio.features import MEL_RATE, SPEECH_RATE, flow_mel, kaldi_fbank, w
 from cosyq.audio.recording import Recording
 from cosyq.errors import CheckpointError, UsageError
 from cosyq.model.config import FlowConfig
-from cosyq.voices.voice import NAME, Voice
+from cosyq.voices.voice import MAX_TRANSCRIPT, NAME, Voice
 
 SPEECH_TOKENIZER, SPEAKER_ENCODER = "speech_tokenizer_v3.onnx", "campplus.onnx"
 ENCODER_FILES = (SPEECH_TOKENIZER, SPEAKER_ENCODER)
-# What people say in a second, in characters of a transcript: outside of it the transcript is of something else.
-CHARACTERS_PER_SECOND = (0.5, 40.0)
+# What people say in a second, in letters and digits of a transcript: outside of it the transcript is of something else.
+# Reading aloud is about 14 in English and 5 in Chinese, where one is a syllable: there a character counts as three.
+LETTERS_PER_SECOND = (0.5, 30.0)
+LETTERS_PER_SYLLABLE = 3
+
+
+def encoder_files(folder: Path) -> dict[str, Path]:
+    """The encoders of a checkpoint, by published name.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    files = {name: folder / name for name in ENCODER_FILES}
+    for path in files.values():
+        if not path.is_file():
+            raise CheckpointError("missing; a voice cannot be made of a recording without it", where=path)
+    return files
 
 
 class Encoders:
@@ -32,8 +48,9 @@ class Encoders:
     """
 
     def __init__(self, folder: Path):
-        self._tokenizer = _session(folder / SPEECH_TOKENIZER, inputs=2)
-        self._speaker = _session(folder / SPEAKER_ENCODER, inputs=1)
+        files = encoder_files(folder)
+        self._tokenizer = _session(files[SPEECH_TOKENIZER], inputs=2)
+        self._speaker = _session(files[SPEAKER_ENCODER], inputs=1)
 
     def speech_tokens(self, samples: Tensor) -> Tensor:
         """samples [n] float32 at 16 kHz -> ids [about n / 640] int32, 25 a second."""
@@ -48,8 +65,8 @@ class Encoders:
         return torch.from_numpy(vector.reshape(-1).astype(np.float32))
 
 
-def enrol(name: str, recording: Recording, transcript: str, encoders: Encoders, config: FlowConfig) -> Voice:
-    """Make a voice. Tokens and mel are cut to the same length, `token_mel_ratio` frames a token, as the original does.
+def check_take(name: str, recording: Recording, transcript: str) -> str:
+    """What can be seen without the encoders; the transcript comes back with its white space tidied.
 
     Raises:
         UsageError: the name is no name, or the transcript cannot be of this recording.
@@ -58,11 +75,24 @@ def enrol(name: str, recording: Recording, transcript: str, encoders: Encoders, 
         raise UsageError("a voice's name is letters, digits, dots, dashes and underscores", where=name)
     transcript = " ".join(transcript.split())
     if transcript:
-        least, most = (rate * recording.seconds for rate in CHARACTERS_PER_SECOND)
-        if not least <= len(transcript) <= most:
+        least, most = (rate * recording.seconds for rate in LETTERS_PER_SECOND)
+        if len(transcript) > MAX_TRANSCRIPT or not least <= _letters(transcript) <= most:
             raise UsageError(
-                f"{len(transcript)} characters are no transcript of {recording.seconds:.1f} seconds", where=name
+                f"{len(transcript)} characters are no transcript of {recording.seconds:.1f} seconds",
+                where=name,
+                remedy="write what is said in it, no more and no less, or give no transcript",
             )
+    return transcript
+
+
+def enrol(name: str, recording: Recording, transcript: str, encoders: Encoders, config: FlowConfig) -> Voice:
+    """Make a voice. Tokens and mel are cut to the same length, `token_mel_ratio` frames a token, as the original does.
+
+    Raises:
+        UsageError: see `check_take`.
+        ArtifactError: the encoders are of a model of other dimensions.
+    """
+    transcript = check_take(name, recording, transcript)
     speech = torch.from_numpy(recording.at(SPEECH_RATE))
     mel = flow_mel(torch.from_numpy(recording.at(MEL_RATE)))
     tokens = encoders.speech_tokens(speech)
@@ -78,11 +108,14 @@ def enrol(name: str, recording: Recording, transcript: str, encoders: Encoders, 
     return voice
 
 
+def _letters(text: str) -> int:
+    wide = LETTERS_PER_SYLLABLE
+    return sum(wide if unicodedata.east_asian_width(c) == "W" else 1 for c in text if c.isalnum())
+
+
 def _session(path: Path, inputs: int) -> Any:
     import onnxruntime
 
-    if not path.is_file():
-        raise CheckpointError("missing; a voice cannot be made without it", where=path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:

@@ -63,6 +63,7 @@ class Voice:
                 raise ArtifactError(
                     f"{field} is {tensor.dtype} {list(tensor.shape)}, expected {DTYPES[field]} {list(shape)}",
                     where=where,
+                    remedy="it was made for another model; make it again from its recording",
                 )
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ArtifactError(f"{field} is not finite", where=where)

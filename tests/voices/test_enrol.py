@@ -1,14 +1,17 @@
 """From a recording to a voice, with stand-ins for the two encoders that have the real ones' interface."""
 
 import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import soundfile
 import torch
 from conftest import GOLDEN
-from onnx import TensorProto, helper
 
 from cosyq.artifact.reader import open_artifact
 from cosyq.audio.recording import read_recording
@@ -21,57 +24,6 @@ from cosyq.voices.voice import load_voice
 AUDIO = GOLDEN.parent / "audio"
 ZERO_SHOT = AUDIO / "zero_shot_prompt.wav"
 TRANSCRIPT = "希望你以后能够做的比我还好呦。"
-
-
-def stand_in(folder):
-    """speech_tokenizer_v3.onnx: [1, 128, T], [1] -> [1, ceil(T / 4)]; campplus.onnx: [1, T, 80] -> [1, 192]."""
-    folder.mkdir()
-    number = helper.make_tensor
-
-    def save(name, nodes, inputs, output, constants):
-        graph = helper.make_graph(nodes, name, inputs, [output], constants)
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / name)
-
-    value = helper.make_tensor_value_info
-    save(
-        "speech_tokenizer_v3.onnx",
-        [
-            helper.make_node("ReduceMean", ["feats"], ["mean"], axes=[1], keepdims=0),
-            helper.make_node("Slice", ["mean", "zero", "end", "axis", "four"], ["kept"]),
-            helper.make_node("Mul", ["kept", "scale"], ["scaled"]),
-            helper.make_node("Abs", ["scaled"], ["positive"]),
-            helper.make_node("Cast", ["positive"], ["whole"], to=TensorProto.INT64),
-            helper.make_node("Mod", ["whole", "codes"], ["indices"]),
-        ],
-        [value("feats", TensorProto.FLOAT, [1, 128, "T"]), value("feats_length", TensorProto.INT32, [1])],
-        value("indices", TensorProto.INT64, [1, "N"]),
-        [
-            number("zero", TensorProto.INT64, [1], [0]),
-            number("end", TensorProto.INT64, [1], [1 << 40]),
-            number("axis", TensorProto.INT64, [1], [1]),
-            number("four", TensorProto.INT64, [1], [4]),
-            number("scale", TensorProto.FLOAT, [1], [1e4]),
-            number("codes", TensorProto.INT64, [1], [6561]),
-        ],
-    )
-    mix = np.random.default_rng(0).standard_normal((80, 192)).astype(np.float32)
-    save(
-        "campplus.onnx",
-        [
-            helper.make_node("Abs", ["input"], ["size"]),
-            helper.make_node("ReduceMean", ["size"], ["mean"], axes=[1], keepdims=0),
-            helper.make_node("MatMul", ["mean", "mix"], ["output"]),
-        ],
-        [value("input", TensorProto.FLOAT, [1, "T", 80])],
-        value("output", TensorProto.FLOAT, [1, 192]),
-        [number("mix", TensorProto.FLOAT, [80, 192], mix.ravel())],
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoders_folder(tmp_path_factory):
-    return stand_in(tmp_path_factory.mktemp("onnx") / "encoders")
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +77,72 @@ def test_bad_recordings(tmp_path, case):
 
 
 def test_what_is_no_audio(tmp_path):
-    (tmp_path / "x.wav").write_text("hello")
-    with pytest.raises(UsageError, match="not readable as audio"):
-        read_recording(tmp_path / "x.wav")
+    whole = ZERO_SHOT.read_bytes()
+    for name, content in {
+        "x.wav": b"hello",
+        "empty.wav": b"",
+        "x.m4a": b"\0\0\0\x1cftypM4A \0\0\2\0M4A isomiso2" + bytes(5000),
+        "x.raw": whole,  # a name that says: no header
+        "x.flac": b"fLaC" + whole[:4000],
+        "x.ogg": b"OggS" + whole[:4000],
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=r"not readable as audio .* make one with `ffmpeg -i FILE out\.wav`"):
+            read_recording(tmp_path / name)
+    for path in (tmp_path, Path("a" * 5000), Path("a\0b")):
+        with pytest.raises(UsageError, match="no such audio file"):
+            read_recording(path)
     with pytest.raises(UsageError, match="no such audio file"):
         read_recording(tmp_path / "none.wav")
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "ogg"])
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (44_100, 2), (48_000, 2)])
+def test_what_phones_record(tmp_path, kind, rate, channels):
+    """Every kind, mono and stereo: the same speech, in length and at most a little distorted."""
+    original = read_recording(ZERO_SHOT)
+    soundfile.write(tmp_path / f"x.{kind}", np.stack([original.at(rate)] * channels, axis=1), rate)
+    shutil.copy(tmp_path / f"x.{kind}", tmp_path / "no-suffix")  # as a file in the cache
+    for name in (f"x.{kind}", "no-suffix"):
+        found = read_recording(tmp_path / name)
+        assert found.rate == rate
+        assert found.seconds == pytest.approx(original.seconds, abs=0.06)  # an mp3 is padded to whole frames
+        samples, expected = found.at(8_000), original.at(8_000)
+        count = min(len(samples), len(expected))
+        assert np.corrcoef(samples[:count], expected[:count])[0, 1] > 0.95
+
+
+PEAK = """
+import sys, resource, numpy, soundfile
+from pathlib import Path
+from cosyq.audio.recording import read_recording
+from cosyq.errors import UsageError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_recording(Path(sys.argv[1]))
+except UsageError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
+"""
+
+
+def wav_header(frames, rate, channels):
+    size = min(frames * channels * 2, 0xFFFFFFF0)
+    return b"RIFF" + struct.pack(
+        "<I8sIHHIIHH4sI", size, b"WAVEfmt ", 16, 1, channels, rate, rate * channels * 2, channels * 2, 16, b"data", size
+    )
+
+
+@pytest.mark.parametrize(("rate", "channels", "megabytes"), [(16_000, 1, 16), (384_000, 8, 160)])
+def test_ten_hours_take_bounded_memory(tmp_path, rate, channels, megabytes):
+    """A file of ten hours, all but its header a hole. Thirty seconds in mono are 2 MB and 46 MB."""
+    frames = 10 * 3600 * rate
+    with (tmp_path / "x.wav").open("wb") as file:
+        file.write(wav_header(frames, rate, channels))
+        file.truncate(44 + min(frames * channels * 2, 0xFFFFFFF0))
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "x.wav")]
+    kilobytes, said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(" ", 1)
+    assert "longer than 30 seconds; cut out a clean passage" in said
+    assert int(kilobytes) < megabytes * 1000
 
 
 def test_a_forged_header_costs_nothing(tmp_path):
@@ -151,6 +164,12 @@ def test_transcripts_and_names(encoders_folder, flow_config):
     for transcript in ("a", "far too much for three seconds of speech " * 10):
         with pytest.raises(UsageError, match=r"no transcript of 3\.5 seconds"):
             enrol("me", recording, transcript, encoders, flow_config)
+    with pytest.raises(UsageError, match="60 characters are no transcript"):  # of English they could be
+        enrol("me", recording, TRANSCRIPT * 4, encoders, flow_config)
+    for transcript in (TRANSCRIPT, TRANSCRIPT * 2, "As much English as one says in three and a half seconds, quickly."):
+        assert enrol("me", recording, f" {transcript}\n", encoders, flow_config).transcript == transcript
+    with pytest.raises(UsageError, match="no transcript"):
+        enrol("me", recording, "... --- ...", encoders, flow_config)
     for name in ("", "../me", "me/you", ".hidden", "a" * 101, "me\n"):
         with pytest.raises(UsageError, match="a voice's name"):
             enrol(name, recording, "", encoders, flow_config)
