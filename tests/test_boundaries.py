@@ -104,6 +104,7 @@ def test_speaking_cannot_quantize_again():
     [
         ("bitsandbytes", {"quantize.backend"}),
         ("huggingface_hub", {"hub"}),
+        ("urllib", {"hub"}),
         ("yaml", {"recipe", "checkpoint.hyperyaml"}),
         ("pydantic", {"recipe"}),
         ("typer", {name for name, _ in modules() if name.startswith("cli.")}),
