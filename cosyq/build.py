@@ -1,4 +1,4 @@
-"""The compiler: recipe + checkpoint -> plan -> pack -> artifact, one tensor at a time."""
+"""The compiler: recipe + checkpoint -> plan -> voices -> pack -> artifact, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from cosyq.quantize.formats import Format
 from cosyq.quantize.pack import pack
 from cosyq.quantize.plan import Decision, make_plan
 from cosyq.recipe import Recipe
-from cosyq.voices.voice import Voice, load_voice
+from cosyq.voices.enrol import ENCODER_FILES, encoder_files
+from cosyq.voices.entries import make, pin
+from cosyq.voices.voice import Voice
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
 
@@ -44,6 +46,7 @@ class Build:
     recipe_text: str
     checkpoint: Checkpoint
     plan: dict[Stage, list[Decision]]
+    encoders: Path | None  # the folder of what makes voices of recordings, where the recipe asks for it
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -55,7 +58,10 @@ class Build:
 
 
 def source_folder(recipe: Recipe) -> Path:
-    """The checkpoint's folder, fetched from the Hub when the recipe names a repository."""
+    """The checkpoint's folder, fetched from the Hub when the recipe names a repository.
+
+    The encoders, a gigabyte, come along only where the recipe has a voice to enrol.
+    """
     source = recipe.source
     if source.path is not None:
         return Path(source.path)
@@ -64,41 +70,49 @@ def source_folder(recipe: Recipe) -> Path:
     assert source.repo is not None
     assert source.revision is not None
     weights = [(str(Path(name).with_suffix(".safetensors")), name) for name in weight_files(source.llm).values()]
-    return hub.fetch(source.repo, source.revision, [*weights, *((name,) for name in TEXT_FILES)])
+    others = [*TEXT_FILES, *(ENCODER_FILES if recipe.enrols else ())]
+    return hub.fetch(source.repo, source.revision, [*weights, *((name,) for name in others)])
 
 
-def prepare(recipe: Recipe, recipe_text: str, folder: Path) -> Build:
-    """Open the checkpoint and decide for every module.
+def prepare(recipe: Recipe, recipe_text: str) -> Build:
+    """Hear the voices' recordings, fetch and open the checkpoint, and decide for every module: small things first.
 
     Raises:
         CheckpointError, RecipeError: it is not usable, or the recipe does not fit it.
+        NetworkError: what the recipe names cannot be fetched.
     """
+    recipe = pin(recipe)
+    folder = source_folder(recipe)
     checkpoint = open_checkpoint(folder, recipe.source.llm)
     steps = tuple(recipe.stages.flow.steps)
     modules = {stage: inventory(stage, checkpoint.config, steps=steps) for stage in STAGES}
     for stage in STAGES:
         open_stage(checkpoint, stage, steps=steps)  # every name and shape is checked before the work begins
+    if recipe.enrols:
+        encoder_files(folder)
     decisions = make_plan(recipe, [module for stage in STAGES for module in modules[stage]])
     plan: dict[Stage, list[Decision]] = {stage: [] for stage in STAGES}
     for decision in decisions:
         plan[decision.module.stage].append(decision)  # type: ignore[index]
-    return Build(recipe, recipe_text, checkpoint, plan)
+    return Build(recipe, recipe_text, checkpoint, plan, folder if recipe.enrols else None)
 
 
 def run(build: Build, output: Path, device: torch.device, *, force: bool, progress: Progress) -> Manifest:
     """Pack everything on `device` and write the artifact.
 
     Raises:
-        CheckpointError: a weight is not finite, or a file is not the pinned one.
-        ArtifactError: the artifact cannot be written.
+        CheckpointError: a weight is not finite, an encoder is not usable, or a file is not the pinned one.
+        ArtifactError: the artifact cannot be written, or a ready voice does not fit it.
         DeviceError: the device has not enough memory.
     """
     check_output(output, force=force)
-    voices = [(entry.name, load_voice(Path(entry.file), build.checkpoint.config.flow)) for entry in build.recipe.voices]
     check_room(output, build.bytes)
+    progress("voices", 0, build.bytes)
+    voices = make(build.recipe, build.encoders, build.checkpoint.config.flow)
+    files = build.checkpoint.files | (encoder_files(build.encoders) if build.encoders else {})
     # Hashing 3.4 GB takes as long as packing it, and both leave the interpreter's lock alone.
     with ThreadPoolExecutor(1) as pool, new_folder(output, force=force) as folder:
-        hashes = {name: pool.submit(file_sha256, path) for name, path in build.checkpoint.files.items()}
+        hashes = {name: pool.submit(file_sha256, path) for name, path in files.items()}
         try:
             manifest = _write(build, folder, device, voices, hashes, progress)
         except BaseException:
@@ -144,6 +158,7 @@ def _write(
         files[name] = _record(folder / name)
 
     source_of = build.recipe.source
+    libraries = ("bitsandbytes", "onnxruntime") if build.encoders else ("bitsandbytes",)
     manifest = Manifest(
         name=build.recipe.name,
         source=SourceRecord(source_of.repo, source_of.revision, dict(sorted(sources.items()))),
@@ -156,7 +171,7 @@ def _write(
         versions={
             "cosyq": cosyq.__version__,
             "torch": torch.__version__,
-            "bitsandbytes": importlib.metadata.version("bitsandbytes"),
+            **{library: importlib.metadata.version(library) for library in libraries},
         },
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     )
@@ -202,8 +217,9 @@ def _record(path: Path, header_sha256: str | None = None) -> FileRecord:
 
 
 def _check_pins(build: Build, found: dict[str, str]) -> None:
+    unread = () if build.encoders else ENCODER_FILES  # pinned for voices that this build does not make
     for name, expected in build.recipe.source.sha256.items():
-        if found.get(name) != expected:
+        if name not in unread and found.get(name) != expected:
             raise CheckpointError(
                 f"sha256 is {found.get(name, 'unknown')}, the recipe pins {expected}",
                 where=name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,10 +86,32 @@ class Rule(_Packable):
 
 
 class VoiceEntry(_Strict):
-    """A ready voice file to carry in the artifact, relative to the working directory."""
+    """A voice to carry in the artifact: a ready voice `file`, or a recording and what is said in it, to be enrolled.
+
+    Paths are relative to the working directory. `audio` may be an https:// address, and `sha256` then says of what.
+    """
 
     name: Name
-    file: str
+    file: str | None = None
+    audio: str | None = None
+    transcript: Annotated[str, StringConstraints(max_length=4096)] | None = None  # "": only the timbre is taken
+    sha256: Sha256 | None = None
+
+    @property
+    def remote(self) -> bool:
+        return self.audio is not None and "://" in self.audio
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> VoiceEntry:
+        if (self.file is None) == (self.audio is None):
+            raise ValueError("give either file, a ready voice, or audio, a recording")
+        if (self.audio is None) != (self.transcript is None):
+            raise ValueError("audio and its transcript belong together")
+        if self.remote and not re.fullmatch(r"https://[\w.-]+(:\d+)?/[!-~]+", self.audio or "", re.ASCII):
+            raise ValueError("audio is a path, or an https:// address without spaces")
+        if self.remote and self.sha256 is None:
+            raise ValueError("remote audio needs its sha256")
+        return self
 
 
 class Recipe(_Strict):
@@ -107,11 +130,19 @@ class Recipe(_Strict):
             raise ValueError("two voices have the same name")
         return self
 
+    @property
+    def enrols(self) -> bool:
+        """Whether a voice is to be made from a recording."""
+        return any(voice.audio is not None for voice in self.voices)
+
     def resolved(self) -> dict[str, Any]:
-        """The recipe as it shapes the artifact's bytes: without the folders it happened to name."""
-        data = self.model_dump(exclude={"output": True, "source": {"path"}})
-        data["voices"] = [voice["name"] for voice in data["voices"]]
-        return data
+        """The recipe as it shapes the artifact's bytes: without the folders and addresses it happened to name.
+
+        A voice counts by name, transcript and sha256, which `voices.entries.pin` fills in.
+        """
+        return self.model_dump(
+            exclude={"output": True, "source": {"path"}, "voices": {"__all__": {"file", "audio"}}},
+        )
 
     def digest(self) -> str:
         """sha256 of `resolved`, independent of spelling, order and comments."""

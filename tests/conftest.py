@@ -41,11 +41,11 @@ def make_artifact(
     force: bool = False,
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Path:
-    """Quantize as the command line does, from any folder."""
+    """Quantize as the command line does, from any folder; without voices, whose encoders the checkpoint lacks."""
     path = find_recipe(recipe)
-    local = [f"source.path={source}", "source.repo=null", "source.revision=null", "source.sha256={}"]
+    local = [f"source.path={source}", "source.repo=null", "source.revision=null", "source.sha256={}", "voices=[]"]
     loaded = load_recipe(path, [*local, *overrides])
-    prepared = build.prepare(loaded, path.read_text("utf-8"), build.source_folder(loaded))
+    prepared = build.prepare(loaded, path.read_text("utf-8"))
     build.run(prepared, output, device, force=force, progress=lambda *_: None)
     return output
 

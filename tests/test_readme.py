@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import GOLDEN, REPOSITORY
 
 from cosyq.cli.main import app
+from cosyq.recipe import find_recipe, load_recipe
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 
@@ -30,8 +32,8 @@ def demo(tmp_path_factory):
     return folder
 
 
-def shell(folder, line):
-    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+def shell(folder, line, **environment):
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"} | environment
     done = subprocess.run(["bash", "-ec", line], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{line}\n{done.stderr}"
     return done
@@ -52,15 +54,43 @@ def test_the_python_example(demo):
     assert all(int(line) > 0 for line in done.stdout.split())
 
 
-def test_the_commands_with_the_real_model(demo):
-    """As written but for the source, which is no download here."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, encoders_folder):
+    """What the Hub has: a checkpoint with encoders."""
+    folder = shutil.copytree(GOLDEN, tmp_path_factory.mktemp("hub") / "checkpoint")
+    return shutil.copytree(encoders_folder, folder, dirs_exist_ok=True)
+
+
+def test_the_commands_with_the_real_model(demo, checkpoint):
+    """As written but for the source, which is no download here, as the default voice's recording was one before."""
     (block,) = [b for b in blocks("sh") if "recipes/int8.yaml" in b]
     lines = [line.partition("#")[0].strip() for line in block.splitlines()]
-    voice = "build/demo-checkpoint/voice.safetensors"
-    shell(demo, f"{lines[0]} --source {GOLDEN}")
-    shell(demo, lines[1].replace("DIR", str(GOLDEN)))
-    shell(demo, lines[2].replace("VOICE.safetensors", voice))
+    recording = GOLDEN.parent / "audio" / "zero_shot_prompt.wav"
+    (sha256,) = (voice.sha256 for voice in load_recipe(find_recipe("int8")).voices)
+    cache = demo / "cache" / "assets" / "cosyq" / "files" / "default"
+    cache.mkdir(parents=True)
+    shutil.copy(recording, cache / sha256)
+    shell(demo, f"{lines[0]} --source {checkpoint}", HF_HOME=str(demo / "cache"))
+    shell(demo, lines[1].replace("DIR", str(checkpoint)), HF_HOME=str(demo / "cache"))
+    shell(demo, lines[2])
     assert (demo / "hello.wav").is_file()
+    for artifact in ("fun-cosyvoice3-0.5b-int8", "mine"):
+        assert (demo / "artifacts" / artifact / "voices" / "default.safetensors").is_file()
+
+
+def test_from_a_phone_recording_to_a_voice(demo, checkpoint):
+    """As written but for the placeholder, the encoders' source, and ffmpeg, whose work is done before."""
+    (block,) = [b for b in blocks("sh") if "voice add me" in b]
+    convert, *lines = (line.replace("ARTIFACT", "artifacts/demo") for line in block.splitlines())
+    assert len(lines) == 2
+    assert convert == "ffmpeg -i memo.m4a memo.wav"
+    shutil.copy(GOLDEN.parent / "audio" / "zero_shot_prompt.wav", demo / "memo.wav")
+    shell(demo, f"{lines[0]} --source {checkpoint}")
+    shell(demo, lines[1])
+    assert (demo / "me.wav").is_file()
+    export = re.search(r"`(cosyq voice export [^`]*)`", " ".join(README.split()))[1]
+    shell(demo, export.replace("ARTIFACT", "artifacts/demo"))
+    shell(demo, 'cosyq synth "And here." -a artifacts/demo -v me.safetensors -o elsewhere.wav')
 
 
 def test_every_command_is_listed_and_every_listed_one_exists():

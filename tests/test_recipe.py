@@ -1,4 +1,8 @@
+import hashlib
+import re
+
 import pytest
+from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +28,23 @@ def test_shipped_recipes_are_valid(name):
     assert recipe.version == 1
     if name != "demo":
         assert recipe.source.revision == "29e01c4e8d000f4bcd70751be16fa94bf3d85a18"
-        assert set(recipe.source.sha256) == {"llm.pt", "flow.pt", "hift.pt"}
+        assert set(recipe.source.sha256) == {
+            "llm.pt",
+            "flow.pt",
+            "hift.pt",
+            "campplus.onnx",
+            "speech_tokenizer_v3.onnx",
+        }
+        (voice,) = recipe.voices
+        assert voice.name == "default"
+        assert re.fullmatch(
+            r"https://raw\.githubusercontent\.com/FunAudioLLM/CosyVoice/[0-9a-f]{40}/asset/zero_shot_prompt\.wav",
+            voice.audio,
+        )
+        audio = (GOLDEN.parent / "audio" / "zero_shot_prompt.wav").read_bytes()
+        assert voice.sha256 == hashlib.sha256(audio).hexdigest()
+        assert voice.transcript == "希望你以后能够做的比我还好呦。"
+        assert load_recipe(find_recipe(name), ["voices=[]"]).voices == []
 
 
 @pytest.mark.parametrize(
@@ -54,6 +74,28 @@ def test_shipped_recipes_are_valid(name):
         ("source: {path: c, sha256: {llm.pt: abc}}", r"source.sha256.llm.pt"),
         ("rules: [{match: x}]", "rules.0.weights: missing"),
         ("voices: [{name: a, file: x}, {name: a, file: y}]", "two voices have the same name"),
+        ("voices: [{name: ../a, file: x}]", r"voices\.0\.name"),
+        ("voices: [{name: a}]", r"voices\.0: give either file, a ready voice, or audio, a recording"),
+        ("voices: [{name: a, file: x, audio: y, transcript: z}]", "give either file"),
+        ("voices: [{name: a, audio: y}]", "audio and its transcript belong together"),
+        ("voices: [{name: a, file: y, transcript: z}]", "audio and its transcript belong together"),
+        ("voices: [{name: a, audio: 'https://x/y', transcript: z}]", "remote audio needs its sha256"),
+        *(
+            (f"voices: [{{name: a, audio: '{url}', transcript: z, sha256: {'a' * 64}}}]", "or an https:// address")
+            for url in (
+                "http://x/y",
+                "hf://a/b@c/d",
+                "file:///x",
+                "https:///y",
+                "https://me:secret@x/y",
+                "https://x/a b",
+                "https://x",
+                "https://x/ü",
+            )
+        ),
+        ("voices: [{name: a, audio: y, transcript: z, sha256: 12}]", r"voices\.0\.sha256"),
+        (f"voices: [{{name: a, audio: y, transcript: {'z' * 5000}}}]", "at most 4096 characters"),
+        ("voices: [{name: a, audoi: y}]", r"voices\.0\.audoi: unknown key, valid here: name, file, audio, transcript"),
     ],
 )
 def test_what_is_wrong_is_named(change, message):
@@ -94,6 +136,12 @@ def test_the_digest_is_of_what_shapes_the_bytes():
     one = parse(GOOD)
     assert parse("# a comment\n" + GOOD, "output=elsewhere", "source.path=there").digest() == one.digest()
     assert parse(GOOD, "stages.llm.weights=nf4").digest() != one.digest()
+    voice = f"voices=[{{name: a, audio: 'https://x/y', transcript: z, sha256: {'a' * 64}}}]"
+    spoken = parse(GOOD, voice)
+    assert spoken.digest() != one.digest()
+    assert parse(GOOD, voice, "voices.0.audio=a/copy.wav").digest() == spoken.digest()
+    for change in ("name=b", "transcript=y", f"sha256={'b' * 64}"):
+        assert parse(GOOD, voice, f"voices.0.{change}").digest() != spoken.digest()
 
 
 def test_an_unknown_recipe_lists_the_shipped():

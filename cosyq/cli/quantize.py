@@ -40,7 +40,7 @@ def quantize(
         check_output(target, force=force)
     if loaded.source.repo is not None:
         note(f"source: {loaded.source.repo}@{loaded.source.revision}")  # the Hub's client may try for half a minute
-    prepared = build.prepare(loaded, path.read_text("utf-8"), build.source_folder(loaded))
+    prepared = build.prepare(loaded, path.read_text("utf-8"))
     decisions = [decision for stage in prepared.plan.values() for decision in stage]
     if dry_run:
         if as_json:

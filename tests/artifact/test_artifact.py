@@ -364,7 +364,12 @@ def test_voices_come_along(tmp_path, voice):
     file.write_bytes(voice.to_bytes())
     artifact = open_artifact(make_artifact(tmp_path / "a", "int8", f"voices=[{{name: me, file: {file}}}]"))
     assert list(artifact.voice_files()) == ["me"]
-    assert artifact.manifest.recipe["voices"] == ["me"]
+    (recorded,) = artifact.manifest.recipe["voices"]
+    assert recorded == {
+        "name": "me",
+        "transcript": None,
+        "sha256": artifact.manifest.files["voices/me.safetensors"].sha256,
+    }
     verify_artifact(artifact)
     stranger = Voice.from_speaker("x", torch.zeros(7))
     file.write_bytes(stranger.to_bytes())

@@ -14,11 +14,15 @@ import wave
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import GOLDEN, REPOSITORY
 
+from cosyq.artifact.reader import open_artifact
 from cosyq.cli.main import run
+from cosyq.voices.voice import Voice
 
 COSYQ = [sys.executable, "-m", "cosyq"]
+MUTE = ("--set", "voices=[]")  # the shipped recipes' voice is on the web, and the golden checkpoint has no encoders
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_recipes(cli):
 
 def test_quantize_and_speak(cli, tmp_path):
     artifact, wav = tmp_path / "artifact", tmp_path / "out.wav"
-    code, out, _ = cli("quantize", "int8", "--source", GOLDEN, "-o", artifact, "--device", "cpu")
+    code, out, _ = cli("quantize", "int8", *MUTE, "--source", GOLDEN, "-o", artifact, "--device", "cpu")
     assert (code, out) == (0, f"{artifact}\n")
     code, out, err = cli("synth", "hello world", "-a", artifact, "-o", wav, "--seed", "3", "--device", "cpu")
     assert (code, out) == (0, f"{wav}\n")
@@ -102,7 +106,7 @@ def test_quantize_and_speak(cli, tmp_path):
 
 
 def test_quantize_json_and_dry_run(cli, tmp_path):
-    code, out, _ = cli("quantize", "nf4", "--source", GOLDEN, "--dry-run", "--json")
+    code, out, _ = cli("quantize", "nf4", *MUTE, "--source", GOLDEN, "--dry-run", "--json")
     plan = json.loads(out)
     assert code == 0
     entry = next(m for m in plan["modules"] if m["module"] == "llm.head")
@@ -113,7 +117,8 @@ def test_quantize_json_and_dry_run(cli, tmp_path):
         "bytes": 6761 * 64 + 6761 * 4 + 1,
     }
     assert plan["bytes"] == sum(m["bytes"] for m in plan["modules"])
-    code, out, _ = cli("quantize", "nf4", "--source", GOLDEN, "-o", tmp_path / "a", "--json", "--device", "cpu")
+    local = ("--source", GOLDEN, "-o", tmp_path / "a", "--device", "cpu")
+    code, out, _ = cli("quantize", "nf4", *MUTE, *local, "--json")
     report = json.loads(out)
     assert report["bytes"] == sum(
         p.stat().st_size for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != "manifest.json"
@@ -122,13 +127,13 @@ def test_quantize_json_and_dry_run(cli, tmp_path):
 
 
 def test_quantize_refuses(cli, tmp_path, scratch_checkpoint):
-    local = ("--source", scratch_checkpoint, "--device", "cpu", "-o", tmp_path / "a")
+    local = ("--source", scratch_checkpoint, "--device", "cpu", "-o", tmp_path / "a", *MUTE)
     refused(cli("quantize", "int9", *local), 2, "int9", "shipped are")
     refused(cli("quantize", "int8", *local, "--set", "stages.llm.weight=x"), 2, "stages.llm.weight: unknown key")
     refused(cli("quantize", "int8", *local, "--set", "stages.llm.weights=7"), 2, "found 7")
     refused(cli("quantize", "int8", *local, "--set", "rules=[{match: nope, weights: bf16}]"), 2, "matches no module")
     refused(cli("quantize", "int8", "--source", "some/where", "-o", tmp_path / "a"), 2, "without a revision")
-    refused(cli("quantize", "int8", "--source", tmp_path / "none", "-o", tmp_path / "a"), 3, "no such folder")
+    refused(cli("quantize", "int8", *MUTE, "--source", tmp_path / "none", "-o", tmp_path / "a"), 3, "no such folder")
     if not shutil.which("nvidia-smi"):
         refused(cli("quantize", "int8", "--source", scratch_checkpoint, "--device", "cuda"), 4, "CUDA is not available")
     (scratch_checkpoint / "flow.pt").write_bytes(b"PK\x03\x04")
@@ -144,8 +149,52 @@ def test_an_error_with_json_is_json_too(cli):
 
 
 def test_the_hub_out_of_reach(cli, tmp_path):
-    line = refused(cli("quantize", "int8", "-o", tmp_path / "a"), 5, "29e01c4e8d000f4bcd70751be16fa94bf3d85a18")
+    line = refused(cli("quantize", "int8", *MUTE, "-o", tmp_path / "a"), 5, "29e01c4e8d000f4bcd70751be16fa94bf3d85a18")
     assert "--source DIR" in line
+
+
+def test_the_web_out_of_reach(cli, tmp_path, monkeypatch):
+    """The shipped recipes' voice: nothing is fetched without it, and nothing is made."""
+    monkeypatch.setattr("huggingface_hub.cached_assets_path", lambda *_: tmp_path / "none")
+    line = refused(
+        cli("quantize", "int8", "-o", tmp_path / "a"), 5, "voice default, https://raw.githubusercontent.com/"
+    )
+    assert line.endswith("--set voices.N.audio=FILE, or build without voices: --set voices=[]")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- voices
+
+
+def test_a_voice_of_another_model_is_refused(cli, spoken, tmp_path):
+    """Its file is sound, but its model has other dimensions: said with the reason, wherever it is used."""
+    small = ("--device", "cpu", "-o", tmp_path / "x.wav")
+    for field, voice in {
+        "speaker": Voice.from_speaker("me", torch.ones(191)),
+        "prompt_mel": Voice.from_speaker("me", torch.ones(192), mel_dim=100),
+    }.items():
+        file = tmp_path / "me.safetensors"
+        file.write_bytes(voice.to_bytes())
+        reason = (f"me.safetensors: {field} is torch.float32", "expected torch.float32", "made for another model")
+        refused(cli("synth", "hello", *spoken, "-v", file, *small), 3, *reason)
+        refused(cli("voice", "show", file, *spoken[:2]), 3, *reason)
+        change = f"voices=[{{name: me, file: {file}}}]"
+        refused(cli("quantize", "int8", "--source", GOLDEN, "--set", change, "-o", tmp_path / "a"), 3, *reason)
+        file.unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_voice_add_refuses_before_it_looks_for_encoders(cli, scratch_artifact, tmp_path):
+    """The golden artifact does not know where its encoders are, which would be exit 3."""
+    audio = GOLDEN.parent / "audio" / "zero_shot_prompt.wav"
+    memo = tmp_path / "memo.m4a"
+    memo.write_bytes(b"\0\0\0\x1cftypM4A \0\0\2\0M4A isomiso2" + bytes(5000))
+    where = ("-a", scratch_artifact)
+    for name in ("../me", "a/b", ".me", "a" * 101):
+        refused(cli("voice", "add", name, "--audio", audio, *where), 2, "a voice's name is letters")
+    refused(cli("voice", "add", "me", "--audio", audio, "--transcript", "a", *where), 2, "no transcript of 3.5 seconds")
+    refused(cli("voice", "add", "me", "--audio", memo, *where), 2, "memo.m4a: not readable", "ffmpeg -i FILE out.wav")
+    assert open_artifact(scratch_artifact).voice_files() == {}
 
 
 # ---- synth
@@ -278,7 +327,7 @@ def start_quantize(tmp_path, **how):
         "build.pack = slowly\n"
         "from cosyq.cli.main import run; sys.exit(run(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", slow, "quantize", "fp32", "--source", str(GOLDEN), "--device", "cpu"]
+    command = [sys.executable, "-c", slow, "quantize", "fp32", *MUTE, "--source", str(GOLDEN), "--device", "cpu"]
     return subprocess.Popen(
         [*command, "-o", str(tmp_path / "artifact")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
     )
@@ -332,8 +381,6 @@ def test_an_interrupted_synth_leaves_nothing(artifact_of, tmp_path):
 
 
 def test_out_of_memory_is_exit_4(cli, monkeypatch, spoken, tmp_path):
-    import torch
-
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 EiB\nlots of advice")
 
@@ -341,7 +388,7 @@ def test_out_of_memory_is_exit_4(cli, monkeypatch, spoken, tmp_path):
     refused(cli("synth", "hello", *spoken, "-o", tmp_path / "x.wav"), 4, "out of memory", "smaller recipe")
     monkeypatch.setattr("cosyq.build.pack", exhausted)
     refused(
-        cli("quantize", "int8", "--source", GOLDEN, "-o", tmp_path / "a", "--device", "cpu"),
+        cli("quantize", "int8", *MUTE, "--source", GOLDEN, "-o", tmp_path / "a", "--device", "cpu"),
         4,
         "out of memory while packing llm.text_embedding",
     )
