@@ -107,7 +107,7 @@ def _download(url: str) -> bytes:
                 raise NetworkError(f"ended {response.length} bytes too early", where=url, remedy="try again")
     except urllib.error.HTTPError as error:
         raise NetworkError(f"the server answered {error.code}", where=url) from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a name that no host can have
         reason = str(getattr(error, "reason", error)) or type(error).__name__
         raise NetworkError(f"cannot be fetched ({reason[:160]})", where=url) from None
     return bytes(data)

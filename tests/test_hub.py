@@ -228,6 +228,7 @@ def test_servers_that_are_not_there_or_not_who_they_say(web, fetch, tmp_path):
     web.pages["/a.wav"] = CONTENT
     assert "CERTIFICATE_VERIFY_FAILED" in fetch(f"{web.address}/a.wav", SSL_CERT_FILE=os.devnull)[1]
     assert "cannot be fetched ([Errno" in fetch("https://localhost:1/a.wav")[1]
+    assert "cannot be fetched (encoding with 'idna'" in fetch("https://no..host/a.wav")[1]
     assert web.asked == []
     assert kept(tmp_path) == []
 
