@@ -30,7 +30,7 @@ from cosyq.model.inventory import STAGES, Stage, inventory
 from cosyq.quantize.formats import Format
 from cosyq.quantize.pack import pack
 from cosyq.quantize.plan import Decision, make_plan
-from cosyq.recipe import Recipe
+from cosyq.recipe import Recipe, bundled_checkpoint
 from cosyq.voices.enrol import ENCODER_FILES, encoder_files
 from cosyq.voices.entries import make, pin
 from cosyq.voices.voice import Voice
@@ -65,6 +65,8 @@ def source_folder(recipe: Recipe) -> Path:
     source = recipe.source
     if source.path is not None:
         return Path(source.path)
+    if source.bundled is not None:
+        return bundled_checkpoint(source.bundled)
     from cosyq import hub
 
     assert source.repo is not None

@@ -1,4 +1,4 @@
-"""A checkpoint of random weights in the published layout: for benchmarks without a download, and for the demo.
+"""A checkpoint of random weights in the published layout: for tests, and for benchmarks without a download.
 
 The weights are scaled so that activations keep the size they have in a trained network; what it speaks is noise.
 A seed fixes every byte of every tensor, whatever the number of threads.

@@ -28,18 +28,19 @@ class _Strict(BaseModel):
 
 
 class Source(_Strict):
-    """Where the checkpoint is: a Hub `repo` at a pinned `revision`, or a folder `path`."""
+    """Where the checkpoint is: a Hub `repo` at a pinned `revision`, a folder `path`, or one that is `bundled`."""
 
     repo: RepoId | None = None
     revision: Annotated[str, StringConstraints(pattern=r"^[\w./-]{1,200}$")] | None = None
     path: str | None = None
+    bundled: Literal["mini"] | None = None
     llm: Literal["llm.pt", "llm.rl.pt"] = "llm.pt"
     sha256: dict[str, Sha256] = Field(default_factory=dict)  # file name -> what it must hash to
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
-        if (self.repo is None) == (self.path is None):
-            raise ValueError("give either repo (with a revision) or path")
+        if [self.repo, self.path, self.bundled].count(None) != 2:
+            raise ValueError("give one of repo (with a revision), path and bundled")
         if (self.repo is None) != (self.revision is None):
             raise ValueError("repo and revision belong together")
         return self
@@ -88,12 +89,14 @@ class Rule(_Packable):
 class VoiceEntry(_Strict):
     """A voice to carry in the artifact: a ready voice `file`, or a recording and what is said in it, to be enrolled.
 
+    A `bundled` one is a ready voice that comes with the bundled checkpoint.
     Paths are relative to the working directory. `audio` may be an https:// address, and `sha256` then says of what.
     """
 
     name: Name
     file: str | None = None
     audio: str | None = None
+    bundled: Name | None = None
     transcript: Annotated[str, StringConstraints(max_length=4096)] | None = None  # "": only the timbre is taken
     sha256: Sha256 | None = None
 
@@ -103,8 +106,8 @@ class VoiceEntry(_Strict):
 
     @model_validator(mode="after")
     def _one_origin(self) -> VoiceEntry:
-        if (self.file is None) == (self.audio is None):
-            raise ValueError("give either file, a ready voice, or audio, a recording")
+        if [self.file, self.audio, self.bundled].count(None) != 2:
+            raise ValueError("give one of file, a ready voice, audio, a recording, and bundled")
         if (self.audio is None) != (self.transcript is None):
             raise ValueError("audio and its transcript belong together")
         if self.remote and not re.fullmatch(r"https://[\w.-]+(:\d+)?/[!-~]+", self.audio or "", re.ASCII):
@@ -124,10 +127,12 @@ class Recipe(_Strict):
     output: str | None = None
 
     @model_validator(mode="after")
-    def _voice_names_differ(self) -> Recipe:
+    def _voices_fit(self) -> Recipe:
         names = [voice.name for voice in self.voices]
         if len(set(names)) != len(names):
             raise ValueError("two voices have the same name")
+        if self.source.bundled is None and any(voice.bundled for voice in self.voices):
+            raise ValueError("a bundled voice goes with a bundled source")
         return self
 
     @property
@@ -141,7 +146,7 @@ class Recipe(_Strict):
         A voice counts by name, transcript and sha256, which `voices.entries.pin` fills in.
         """
         return self.model_dump(
-            exclude={"output": True, "source": {"path"}, "voices": {"__all__": {"file", "audio"}}},
+            exclude={"output": True, "source": {"path"}, "voices": {"__all__": {"file", "audio", "bundled"}}},
         )
 
     def digest(self) -> str:
@@ -154,6 +159,12 @@ def shipped_folder() -> Path:
     """The folder of the recipes that come with cosyq: inside the package, or beside it in a checkout."""
     inside = Path(__file__).parent / "recipes"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def bundled_checkpoint(name: str) -> Path:
+    """The folder of a checkpoint that comes with cosyq: inside the package, or where a checkout has it."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "training" / name / "model"
 
 
 def shipped_recipes() -> list[str]:

@@ -1,4 +1,4 @@
-"""The README's commands and Python run as written, on the demo's checkpoint."""
+"""The README's commands and Python run as written, on the demo's artifact."""
 
 import os
 import re
@@ -25,10 +25,8 @@ def demo(tmp_path_factory):
     """A folder as `make demo` leaves it, by the demo's own commands."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "recipes").symlink_to(REPOSITORY / "recipes")
-    for line in re.findall(
-        r"^\t\$\(BIN\)/(cosyq (?:checkpoint|quantize) .*)$", (REPOSITORY / "Makefile").read_text(), re.M
-    ):
-        shell(folder, line.replace("$@", "build/demo-checkpoint"))
+    (line,) = re.findall(r"^\t\$\(BIN\)/(cosyq quantize .*)$", (REPOSITORY / "Makefile").read_text(), re.M)
+    shell(folder, line)
     return folder
 
 
@@ -40,7 +38,7 @@ def shell(folder, line, **environment):
 
 
 def test_the_examples_after_the_demo(demo):
-    (block,) = [b for b in blocks("sh") if "synth" in b and "artifacts/demo" in b]
+    (block,) = [b for b in blocks("sh") if "synth" in b and "artifacts/cosyq-mini" in b]
     for line in block.splitlines():
         if not line.startswith(". "):
             shell(demo, line.replace("cosyq ", f"{shlex.quote(sys.executable)} -m cosyq "))
@@ -78,19 +76,19 @@ def test_the_commands_with_the_real_model(demo, checkpoint):
         assert (demo / "artifacts" / artifact / "voices" / "default.safetensors").is_file()
 
 
-def test_from_a_phone_recording_to_a_voice(demo, checkpoint):
-    """As written but for the placeholder, the encoders' source, and ffmpeg, whose work is done before."""
+def test_from_a_phone_recording_to_a_voice(demo):
+    """As written but for the placeholder, and ffmpeg, whose work is done before."""
     (block,) = [b for b in blocks("sh") if "voice add me" in b]
-    convert, *lines = (line.replace("ARTIFACT", "artifacts/demo") for line in block.splitlines())
+    convert, *lines = (line.replace("ARTIFACT", "artifacts/cosyq-mini") for line in block.splitlines())
     assert len(lines) == 2
     assert convert == "ffmpeg -i memo.m4a memo.wav"
     shutil.copy(GOLDEN.parent / "audio" / "zero_shot_prompt.wav", demo / "memo.wav")
-    shell(demo, f"{lines[0]} --source {checkpoint}")
+    shell(demo, lines[0])
     shell(demo, lines[1])
     assert (demo / "me.wav").is_file()
     export = re.search(r"`(cosyq voice export [^`]*)`", " ".join(README.split()))[1]
-    shell(demo, export.replace("ARTIFACT", "artifacts/demo"))
-    shell(demo, 'cosyq synth "And here." -a artifacts/demo -v me.safetensors -o elsewhere.wav')
+    shell(demo, export.replace("ARTIFACT", "artifacts/cosyq-mini"))
+    shell(demo, 'cosyq synth "And here." -a artifacts/cosyq-mini -v me.safetensors -o elsewhere.wav')
 
 
 def test_every_command_is_listed_and_every_listed_one_exists():

@@ -21,12 +21,12 @@ def parse(text, *overrides):
     return parse_recipe(text, "r.yaml", list(overrides))
 
 
-@pytest.mark.parametrize("name", ["int8", "nf4", "hybrid", "bf16", "fp32", "demo"])
+@pytest.mark.parametrize("name", ["int8", "nf4", "hybrid", "bf16", "fp32", "mini", "mini-nf4"])
 def test_shipped_recipes_are_valid(name):
     assert name in shipped_recipes()
     recipe = load_recipe(find_recipe(name))
     assert recipe.version == 1
-    if name != "demo":
+    if not name.startswith("mini"):
         assert recipe.source.revision == "29e01c4e8d000f4bcd70751be16fa94bf3d85a18"
         assert set(recipe.source.sha256) == {
             "llm.pt",
@@ -70,13 +70,16 @@ def test_shipped_recipes_are_valid(name):
         ("version: 2", "version"),
         ("name: ../x", "name"),
         ("source: {repo: a/b}", "repo and revision belong together"),
-        ("source: {repo: a/b, revision: main, path: c}", "either repo"),
+        ("source: {repo: a/b, revision: main, path: c}", "one of repo"),
         ("source: {path: c, sha256: {llm.pt: abc}}", r"source.sha256.llm.pt"),
         ("rules: [{match: x}]", "rules.0.weights: missing"),
         ("voices: [{name: a, file: x}, {name: a, file: y}]", "two voices have the same name"),
         ("voices: [{name: ../a, file: x}]", r"voices\.0\.name"),
-        ("voices: [{name: a}]", r"voices\.0: give either file, a ready voice, or audio, a recording"),
-        ("voices: [{name: a, file: x, audio: y, transcript: z}]", "give either file"),
+        ("voices: [{name: a}]", r"voices\.0: give one of file, a ready voice, audio, a recording, and bundled"),
+        ("voices: [{name: a, file: x, audio: y, transcript: z}]", "give one of file"),
+        ("voices: [{name: a, bundled: clara}]", "a bundled voice goes with a bundled source"),
+        ("source: {path: x, bundled: mini}", "give one of repo"),
+        ("source: {bundled: huge}", r"source\.bundled"),
         ("voices: [{name: a, audio: y}]", "audio and its transcript belong together"),
         ("voices: [{name: a, file: y, transcript: z}]", "audio and its transcript belong together"),
         ("voices: [{name: a, audio: 'https://x/y', transcript: z}]", "remote audio needs its sha256"),
@@ -95,7 +98,10 @@ def test_shipped_recipes_are_valid(name):
         ),
         ("voices: [{name: a, audio: y, transcript: z, sha256: 12}]", r"voices\.0\.sha256"),
         (f"voices: [{{name: a, audio: y, transcript: {'z' * 5000}}}]", "at most 4096 characters"),
-        ("voices: [{name: a, audoi: y}]", r"voices\.0\.audoi: unknown key, valid here: name, file, audio, transcript"),
+        (
+            "voices: [{name: a, audoi: y}]",
+            r"voices\.0\.audoi: unknown key, valid here: name, file, audio, bundled, transcript",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(change, message):
@@ -145,7 +151,7 @@ def test_the_digest_is_of_what_shapes_the_bytes():
 
 
 def test_an_unknown_recipe_lists_the_shipped():
-    with pytest.raises(RecipeError, match="no such recipe; shipped are: bf16, demo, fp32, hybrid, int8, nf4"):
+    with pytest.raises(RecipeError, match="no such recipe; shipped are: bf16, fp32, hybrid, int8, mini, mini-nf4, nf4"):
         find_recipe("int9")
 
 

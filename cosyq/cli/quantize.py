@@ -78,11 +78,12 @@ def quantize(
 
 def _source_override(source: str) -> list[str]:
     """A --source as changes to the recipe: what it pinned was for another source."""
+    nothing = [f"source.{key}=null" for key in ("repo", "revision", "path", "bundled")]
+    changes = [*nothing, "source.sha256={}"]
     if Path(source).is_dir() or "/" not in source.strip("/") or source.startswith((".", "/", "~")):
-        place = [f"source.path={Path(source).expanduser()}", "source.repo=null", "source.revision=null"]
-        return [*place, "source.sha256={}"]
+        return [*changes, f"source.path={Path(source).expanduser()}"]
     repo, at, revision = source.partition("@")
     if not at:
         where = f"--source {source}"
         raise RecipeError("names a repository without a revision", where=where, remedy="use REPO@REVISION")
-    return [f"source.repo={repo}", f"source.revision={revision}", "source.path=null", "source.sha256={}"]
+    return [*changes, f"source.repo={repo}", f"source.revision={revision}"]

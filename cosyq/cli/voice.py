@@ -118,10 +118,13 @@ def make_voice(opened: Artifact, name: str, audio: Path, transcript: str, source
 
 def encoders_folder(opened: Artifact, source: str | None) -> Path:
     from cosyq import hub
+    from cosyq.recipe import bundled_checkpoint
     from cosyq.voices.enrol import ENCODER_FILES
 
     if source is not None and Path(source).is_dir():
         return Path(source)
+    if source is None and opened.manifest.recipe["source"].get("bundled") == "mini":
+        return bundled_checkpoint("mini")
     repo, _, revision = source.partition("@") if source else (opened.manifest.source.repo, "", None)
     revision = revision or opened.manifest.source.revision
     if not repo or not revision:

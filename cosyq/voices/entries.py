@@ -13,7 +13,7 @@ from cosyq import hub
 from cosyq.audio.recording import Recording, read_recording
 from cosyq.errors import ArtifactError, CosyqError, RecipeError, UsageError
 from cosyq.model.config import FlowConfig
-from cosyq.recipe import Recipe, VoiceEntry
+from cosyq.recipe import Recipe, Source, VoiceEntry, bundled_checkpoint
 from cosyq.voices.enrol import Encoders, check_take, enrol
 from cosyq.voices.voice import Voice, load_voice
 
@@ -28,7 +28,7 @@ def pin(recipe: Recipe) -> Recipe:
         ArtifactError: a ready voice is missing.
         NetworkError: a remote recording cannot be had.
     """
-    pinned = [entry.model_copy(update={"sha256": _read(entry).sha256}) for entry in recipe.voices]
+    pinned = [entry.model_copy(update={"sha256": _read(entry, recipe.source).sha256}) for entry in recipe.voices]
     return recipe.model_copy(update={"voices": pinned})
 
 
@@ -43,7 +43,7 @@ def make(recipe: Recipe, encoders_folder: Path | None, config: FlowConfig) -> li
     encoders = Encoders(encoders_folder) if encoders_folder is not None else None
     voices = []
     for entry in recipe.voices:
-        file = _read(entry)
+        file = _read(entry, recipe.source)
         if encoders is not None and file.recording is not None:
             voice = enrol(entry.name, file.recording, entry.transcript or "", encoders, config)
         else:
@@ -59,8 +59,11 @@ class _File:
     recording: Recording | None  # of a ready voice, none
 
 
-def _read(entry: VoiceEntry) -> _File:
+def _read(entry: VoiceEntry, source: Source) -> _File:
     origin = entry.audio or entry.file or ""
+    if entry.bundled is not None:
+        assert source.bundled is not None
+        origin = str(bundled_checkpoint(source.bundled) / "voices" / f"{entry.bundled}.safetensors")
     try:
         path = hub.fetch_file(origin, entry.sha256 or "") if entry.remote else Path(origin)
         recording = None

@@ -87,7 +87,7 @@ def test_version_and_usage(cli):
 def test_recipes(cli):
     code, out, _ = cli("recipes", "list", "--json")
     assert code == 0
-    assert set(json.loads(out)["recipes"]) == {"int8", "nf4", "hybrid", "bf16", "fp32", "demo"}
+    assert set(json.loads(out)["recipes"]) == {"int8", "nf4", "hybrid", "bf16", "fp32", "mini", "mini-nf4"}
     assert cli("recipes", "show", "nf4")[1] == (REPOSITORY / "recipes" / "nf4.yaml").read_text()
 
 

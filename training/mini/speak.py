@@ -49,9 +49,9 @@ class Networks:
 
     @torch.inference_mode()
     def speech_tokens(self, text: str, voice: Voice, seed: int) -> tuple[list[int], str]:
-        """Speech ids for `text`, and how they ended."""
+        """Speech ids for one sentence, and how they ended."""
         c = self.config
-        prompted = compose(text, voice.transcript, self.tokenizer)
+        (prompted,) = compose(text, voice.transcript, self.tokenizer)
         prompt = voice.prompt_tokens.tolist() if prompted.with_speech else []
         ids = torch.tensor([c.llm.sos, c.llm.task_id, *prompt], device=self.device)
         speech = self.llm.embed_speech(ids)
