@@ -19,11 +19,13 @@ Sampler = Callable[[Tensor, Sequence[int], bool], int]  # logits [rows], history
 LONGEST_SILENCE = 5  # tokens
 
 
+@torch.inference_mode()
 def prefill(llm: LanguageModel, embeddings: Tensor, cache: KVCache) -> Tensor:
-    """Run the prompt, [1, t, hidden], into an empty cache; returns the logits of its last position, [rows]."""
+    """Run [1, t, hidden] after what the cache holds; returns the logits of its last position, [rows]."""
     return llm.logits(llm(embeddings, cache)[:, -1])[0]
 
 
+@torch.inference_mode()
 def step(llm: LanguageModel, token: int, cache: KVCache) -> Tensor:
     """Run one speech token; returns the logits of the next, [rows]."""
     ids = torch.tensor([[token]], device=cache.keys.device)
@@ -31,13 +33,23 @@ def step(llm: LanguageModel, token: int, cache: KVCache) -> Tensor:
 
 
 def decode(
-    llm: LanguageModel, embeddings: Tensor, cache: KVCache, sampler: Sampler, *, minimum: int, maximum: int
+    llm: LanguageModel,
+    embeddings: Tensor,
+    cache: KVCache,
+    sampler: Sampler,
+    *,
+    minimum: int,
+    maximum: int,
+    history: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield speech ids; the generator's return value says how it ended.
 
-    Every id from `speech_vocab` up means stop, and none is let through before `minimum` tokens.
+    Every id from `speech_vocab` up means stop, and none is let through before `minimum` tokens, those of `history`
+    counted.
     """
-    history: list[int] = []
+    history = list(history)
+    if len(history) >= maximum:
+        return "length"  # type: ignore[return-value]
     logits = prefill(llm, embeddings, cache)
     while len(history) < maximum:
         token = sampler(logits.cpu(), history, len(history) >= minimum)

@@ -1,4 +1,4 @@
-"""An engine: the three networks on a device, behind the three calls that synthesis makes.
+"""An engine: the three networks on a device, behind the calls that synthesis makes.
 
 `reference` runs plain torch on any device and unpacks weights on the fly: slow, and what faster engines are
 tested against. `unpacked` is the same with the weights unpacked at load, to the same bits, in the memory that a model
@@ -20,7 +20,8 @@ from cosyq.model.flow import Flow, start_noise
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
 from cosyq.quantize.linear import Matmul
-from cosyq.runtime.decode import decode
+from cosyq.runtime.decode import Sampler, decode
+from cosyq.runtime.interleave import Frame, interleave
 from cosyq.runtime.sampling import sample
 from cosyq.voices.voice import Voice
 
@@ -40,6 +41,9 @@ class Engine(Protocol):
         self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
     ) -> Iterator[int]:
         """Speech ids after text ids and prompt speech ids; returns how it ended ("stop" or "length")."""
+
+    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
+        """Speech ids while `text` arrives; see `interleave`. Returns how it ended."""
 
     def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
         """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device."""
@@ -69,22 +73,33 @@ class TorchEngine:
         """[sos] text [task_id] prompt speech, [1, t, hidden] float32 on the device."""
         c = self.config.llm
         speech = self.llm.embed_speech(torch.tensor([c.sos, c.task_id, *prompt], device=self.device))
-        words = self._text_rows(text).to(self.device)
-        return torch.cat([speech[:1], words, speech[1:]]).unsqueeze(0)
+        return torch.cat([speech[:1], self._embed_text(text), speech[1:]]).unsqueeze(0)
+
+    def _embed_text(self, ids: list[int]) -> Tensor:
+        return self._text_rows(ids).to(self.device)
+
+    def _cache(self, capacity: int) -> KVCache:
+        return KVCache.empty(self.config.llm, capacity, device=self.device, dtype=self.dtype)
+
+    def _sampler(self, generator: torch.Generator) -> Sampler:
+        def sampler(logits: Tensor, history: Sequence[int], may_stop: bool) -> int:
+            forbidden = None if may_stop else self.config.llm.speech_vocab
+            return sample(logits, history, self.config.sampling, generator, forbid_from=forbidden)
+
+        return sampler
 
     @torch.inference_mode()
     def speech_tokens(
         self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
     ) -> Iterator[int]:
-        c = self.config
         embeddings = self.prompt_embeddings(text, prompt)
-        cache = KVCache.empty(c.llm, embeddings.shape[1] + maximum, device=self.device, dtype=self.dtype)
-
-        def sampler(logits: Tensor, history: Sequence[int], may_stop: bool) -> int:
-            forbidden = None if may_stop else c.llm.speech_vocab
-            return sample(logits, history, c.sampling, generator, forbid_from=forbidden)
-
+        cache = self._cache(embeddings.shape[1] + maximum)
+        sampler = self._sampler(generator)
         return (yield from decode(self.llm, embeddings, cache, sampler, minimum=minimum, maximum=maximum))
+
+    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
+        cache = self._cache(frame.capacity)
+        return (yield from interleave(self.llm, self._embed_text, frame, text, cache, self._sampler(generator)))
 
     @torch.inference_mode()
     def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:

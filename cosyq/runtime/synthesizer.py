@@ -3,13 +3,14 @@
 tts = load("artifacts/fun-cosyvoice3-0.5b-int8")
 audio = tts.synthesize("Hello.", voice="default", seed=7)
 for chunk in tts.stream("A longer text.", voice="default"): ...
+for chunk in tts.stream_text(chatbot.tokens(), voice="default"): ...
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -23,20 +24,23 @@ from cosyq.errors import UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import shorten_silence
 from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
+from cosyq.runtime.interleave import Frame
 from cosyq.runtime.schedule import chunk_ends
 from cosyq.runtime.speed import FASTEST, SLOWEST, Pace
-from cosyq.text.prompt import compose
+from cosyq.text import arriving
+from cosyq.text.prompt import compose, compose_prompt
 from cosyq.voices.voice import Voice, load_voice
 
 MIN_SPEECH_PER_TEXT, MAX_SPEECH_PER_TEXT = 2, 20  # speech tokens per text token, the original's bounds
 MAX_SEED = 2**63 - 1
 PARAGRAPH_PAUSE = 0.4  # seconds
+SILENCE = np.empty(0, np.float32)
 NEUTRAL = "neutral"  # the voice of an artifact without voices: no speaker vector, the flow's average
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds and counts of one utterance. For a chunk of a stream, of everything up to it."""
+    """Seconds and counts of one request. For a chunk of a stream, of everything up to it."""
 
     load_seconds: float
     first_audio_seconds: float
@@ -46,10 +50,11 @@ class Timings:
     speech_tokens: int
     token_seconds: float  # spent in the language model
     finish: str  # "stop", "length", or "" while it goes on
+    waited_seconds: float = 0.0  # for text that was still being written, a part of the first two
 
     @property
     def real_time_factor(self) -> float:
-        return self.total_seconds / self.audio_seconds if self.audio_seconds else 0.0
+        return (self.total_seconds - self.waited_seconds) / self.audio_seconds if self.audio_seconds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,27 +69,51 @@ class Timings:
 
 @dataclass(frozen=True)
 class Audio:
-    """samples: [n] float32 in -1..1."""
+    """A whole request, one utterance of it, or a chunk of one.
+
+    samples: [n] float32 in -1..1.
+    seed: the request's.
+    text: what the utterance says; of a text that was still being written, as much of it as was read.
+    utterance: its number in the request.
+    pause: how many of the samples, at their end, are the silence after a paragraph.
+    """
 
     samples: NDArray[np.float32]
     sample_rate: int
     seed: int
     timings: Timings
+    text: str = ""
+    utterance: int = 0
+    pause: int = 0
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a request is to be spoken: its options, checked."""
+
+    voice: Voice
+    transcript: str
+    instruction: str
+    normalized: bool
+    steps: int
+    speed: float
+    seed: int
+
+    def nth_seed(self, utterance: int) -> int:
+        return (self.seed + utterance) % (MAX_SEED + 1)
 
 
 @dataclass(frozen=True)
 class _Utterance:
-    """One request, checked, before any network runs."""
+    """One utterance, checked, before any network runs."""
 
-    voice: Voice
+    said: str
     text: list[int]
     words: int
     prompt_speech: list[int]
     minimum: int
     maximum: int
     pause: int  # samples of silence after it
-    steps: int
-    speed: float
     seed: int
 
 
@@ -158,21 +187,23 @@ class Synthesizer:
             DeviceError: the device ran out of memory or of finite numbers.
         """
         parts = list(self.utterances(text, **options))
-        return replace(parts[-1], samples=np.concatenate([part.samples for part in parts]))
+        samples, said = np.concatenate([part.samples for part in parts]), " ".join(part.text for part in parts)
+        return replace(parts[-1], samples=samples, text=said, utterance=0)
 
     def utterances(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
         """Speak `text` utterance by utterance, about a sentence or two each; options and errors as in `synthesize`.
 
         The flow attends to the whole of each. Memory does not grow with the text.
         """
-        return self._utterances(self._prepare(text, options))
+        manner = self._manner(options)
+        return self._utterances(self._prepare(text, manner), manner)
 
-    def _utterances(self, utterances: list[_Utterance]) -> Iterator[Audio]:
-        clock = _Clock(self.load_seconds, utterances)
-        for utterance in utterances:
+    def _utterances(self, utterances: list[_Utterance], manner: _Manner) -> Iterator[Audio]:
+        clock = self._clock(manner, sum(u.words for u in utterances))
+        for index, utterance in enumerate(utterances):
             tokens = list(self._speech(utterance, clock))
-            audio = self._render(tokens, utterance.voice, utterance.steps, utterance.speed, clock)
-            yield self._paused(audio, utterance, clock)
+            samples = self._render(tokens, manner)
+            yield clock.audio(samples, utterance.said, index, pause=utterance.pause)
 
     def convert(self, tokens: list[int], *, voice: str | Voice | None = None, steps: int | None = None) -> Audio:
         """Say the speech ids of a recording (`voices.enrol.Encoders`) in another voice.
@@ -180,22 +211,15 @@ class Synthesizer:
         Raises:
             UsageError: there is nothing to say, or it is too long beside the voice's prompt.
         """
-        chosen, count = self._voice(voice), len(tokens)
-        if not 0 < count <= self._room(chosen):
-            raise UsageError(f"{count} speech tokens cannot be converted (1 to {self._room(chosen)})")
-        return self._render(tokens, chosen, self._steps(steps), 1.0, _Clock(self.load_seconds, []))
+        manner, count = self._manner({"voice": voice, "steps": steps, "seed": 0}), len(tokens)
+        room = self._room(manner.voice)
+        if not 0 < count <= room:
+            raise UsageError(f"{count} speech tokens cannot be converted (1 to {room})")
+        return self._clock(manner).audio(self._render(tokens, manner))
 
-    def _render(self, tokens: list[int], voice: Voice, steps: int, speed: float, clock: _Clock) -> Audio:
-        mel = self.engine.mel(tokens, voice, streaming=False, final=True, steps=steps)
-        samples = self.engine.samples(Pace(speed).frames(mel), StreamState(), final=True).numpy()
-        return Audio(samples, self.sample_rate, clock.seed, clock.read(len(samples), self.sample_rate))
-
-    def _paused(self, audio: Audio, utterance: _Utterance, clock: _Clock) -> Audio:
-        """The last audio of an utterance, with the pause after it."""
-        if not utterance.pause:
-            return audio
-        timings = clock.read(utterance.pause, self.sample_rate)
-        return replace(audio, samples=np.pad(audio.samples, (0, utterance.pause)), timings=timings)
+    def _render(self, tokens: list[int], manner: _Manner) -> NDArray[np.float32]:
+        mel = self.engine.mel(tokens, manner.voice, streaming=False, final=True, steps=manner.steps)
+        return self.engine.samples(Pace(manner.speed).frames(mel), StreamState(), final=True).numpy()
 
     def stream(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
         """Speak `text` chunk by chunk; options and errors as in `synthesize`.
@@ -203,31 +227,76 @@ class Synthesizer:
         The chunks of an utterance together equal one block-causal pass over it. Everything is checked before the
         generator is returned; closing it stops the work.
         """
-        return self._stream(self._prepare(text, options))
+        manner = self._manner(options)
+        return self._stream(self._prepare(text, manner), manner)
 
-    def _stream(self, utterances: list[_Utterance]) -> Iterator[Audio]:
-        clock = _Clock(self.load_seconds, utterances)
-        for utterance in utterances:
-            yield from self._stream_utterance(utterance, clock)
+    def _stream(self, utterances: list[_Utterance], manner: _Manner) -> Iterator[Audio]:
+        clock = self._clock(manner, sum(u.words for u in utterances))
+        for index, utterance in enumerate(utterances):
+            for samples in self._chunks(self._speech(utterance, clock), manner):
+                yield clock.audio(samples, utterance.said, index)
+            if utterance.pause:
+                yield clock.audio(SILENCE, utterance.said, index, pause=utterance.pause)
 
-    def _stream_utterance(self, utterance: _Utterance, clock: _Clock) -> Iterator[Audio]:
-        flow, state, pace = self.engine.config.flow, StreamState(), Pace(utterance.speed)
-        tokens: list[int] = []
+    def stream_text(self, pieces: Iterable[str], **options: Unpack[Options]) -> Iterator[Audio]:
+        """Speak a text that is still being written, chunk by chunk, as soon as there is enough of it.
+
+        Text and speech take turns in the language model, five ids to fifteen. A sentence that ends after some eighty
+        ids, or a blank line, ends an utterance. The audio depends on the text and the seed, not on the pieces. It is
+        not that of `stream`, whose language model sees each sentence whole.
+
+        Args:
+            pieces: the text in order, cut anyhow; asked for more, in this thread, when speech cannot go on without.
+
+        Raises:
+            UsageError: an option is not usable: before the generator is returned. The text is not: when it came.
+            DeviceError: the device ran out of memory or of finite numbers.
+        """
+        manner = self._manner(options)
+        head, transcript = compose_prompt(manner.transcript, self._tokenizer, instruction=manner.instruction)
+        longest, room = arriving.LONGEST_ARRIVING, self._room(manner.voice)
+        frame = Frame(
+            head=head,
+            transcript=transcript,
+            prompt=manner.voice.prompt_tokens.tolist() if transcript else [],
+            longest=longest,
+            least=MIN_SPEECH_PER_TEXT,
+            most=MAX_SPEECH_PER_TEXT,
+            room=min(room, MAX_SPEECH_PER_TEXT * longest),
+        )
+        if not frame.fits():  # the rest of the transcript would be spoken
+            frame = replace(frame, transcript=[], prompt=[])
+        return self._stream_text(pieces, frame, manner)
+
+    def _stream_text(self, pieces: Iterable[str], frame: Frame, manner: _Manner) -> Iterator[Audio]:
+        clock = self._clock(manner)
+        before = None
+        for index, utterance in enumerate(arriving.utterances(clock.waiting(pieces), self._tokenizer.encode)):
+            if before is not None and before.ends_paragraph:
+                yield clock.audio(SILENCE, before.text, index - 1, pause=self._pause)
+            generator = torch.Generator().manual_seed(manner.nth_seed(index))
+            drawn = self.engine.interleaved_tokens(frame, clock.reading(utterance), generator=generator)
+            for samples in self._chunks(self._shortened(drawn, clock), manner):
+                yield clock.audio(samples, utterance.text, index)
+            before = utterance
+
+    def _chunks(self, tokens: Iterator[int], manner: _Manner) -> Iterator[NDArray[np.float32]]:
+        """Render an utterance's speech ids as they come."""
+        flow, state, pace = self.engine.config.flow, StreamState(), Pace(manner.speed)
+        so_far: list[int] = []
         sent = 0  # frames of the flow that were passed on
-        ends = chunk_ends(utterance.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
+        ends = chunk_ends(manner.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
         end = next(ends)
-        for token in self._speech(utterance, clock):
-            tokens.append(token)
-            if len(tokens) == end + flow.lookahead:
-                mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=False, steps=utterance.steps)
+        for token in tokens:
+            so_far.append(token)
+            if len(so_far) == end + flow.lookahead:
+                mel = self.engine.mel(so_far, manner.voice, streaming=True, final=False, steps=manner.steps)
                 samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=False).numpy()
                 sent, end = mel.shape[1], next(ends)
                 if len(samples):
-                    yield Audio(samples, self.sample_rate, clock.seed, clock.read(len(samples), self.sample_rate))
-        mel = self.engine.mel(tokens, utterance.voice, streaming=True, final=True, steps=utterance.steps)
-        samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
-        audio = Audio(samples, self.sample_rate, clock.seed, clock.read(len(samples), self.sample_rate))
-        yield self._paused(audio, utterance, clock)
+                    yield samples
+        mel = self.engine.mel(so_far, manner.voice, streaming=True, final=True, steps=manner.steps)
+        yield self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
 
     def _speech(self, utterance: _Utterance, clock: _Clock) -> Iterator[int]:
         """The utterance's speech ids as they are drawn, long silences shortened."""
@@ -238,7 +307,17 @@ class Synthesizer:
             maximum=utterance.maximum,
             generator=torch.Generator().manual_seed(utterance.seed),
         )
+        return self._shortened(drawn, clock)
+
+    def _shortened(self, drawn: Iterator[int], clock: _Clock) -> Iterator[int]:
         return shorten_silence(clock.counted(drawn), self.engine.config.llm.silent_tokens)
+
+    def _clock(self, manner: _Manner, text_tokens: int = 0) -> _Clock:
+        return _Clock(self.load_seconds, self.sample_rate, manner.seed, text_tokens)
+
+    @property
+    def _pause(self) -> int:
+        return round(PARAGRAPH_PAUSE * self.sample_rate)
 
     def _steps(self, steps: int | None) -> int:
         tables = self.artifact.manifest.flow_steps
@@ -259,7 +338,7 @@ class Synthesizer:
         flow = self.engine.config.flow
         return flow.noise_frames // flow.token_mel_ratio - voice.prompt_tokens.numel()
 
-    def _prepare(self, text: str, options: Options) -> list[_Utterance]:
+    def _manner(self, options: Options) -> _Manner:
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
         steps, voice = self._steps(options.get("steps")), self._voice(options.get("voice"))
@@ -271,60 +350,80 @@ class Synthesizer:
         if not SLOWEST <= speed <= FASTEST:
             raise UsageError(f"a speed is a number from {SLOWEST} to {FASTEST}", where=str(speed))
         transcript = "" if options.get("cross_lingual") else voice.transcript
+        instruction, normalized = options.get("instruct") or "", options.get("normalize", True)
+        return _Manner(voice, transcript, instruction, normalized, steps, speed, seed)
+
+    def _prepare(self, text: str, manner: _Manner) -> list[_Utterance]:
         prompted = compose(
-            text,
-            transcript,
-            self._tokenizer,
-            instruction=options.get("instruct") or "",
-            normalized=options.get("normalize", True),
+            text, manner.transcript, self._tokenizer, instruction=manner.instruction, normalized=manner.normalized
         )
-        room, pause = self._room(voice), round(PARAGRAPH_PAUSE * self.sample_rate)
+        room = self._room(manner.voice)
         return [
             _Utterance(
-                voice=voice,
+                said=item.text,
                 text=item.prompt + item.words,
                 words=len(item.words),
-                prompt_speech=voice.prompt_tokens.tolist() if item.with_speech else [],
+                prompt_speech=manner.voice.prompt_tokens.tolist() if item.with_speech else [],
                 minimum=min(MIN_SPEECH_PER_TEXT * len(item.words), room),
                 maximum=min(MAX_SPEECH_PER_TEXT * len(item.words), room),
-                pause=pause if item.ends_paragraph and item is not prompted[-1] else 0,
-                steps=steps,
-                speed=speed,
-                seed=(seed + index) % (MAX_SEED + 1),
+                pause=self._pause if item.ends_paragraph and item is not prompted[-1] else 0,
+                seed=manner.nth_seed(index),
             )
             for index, item in enumerate(prompted)
         ]
 
 
 class _Clock:
-    """Times one request, over all its utterances."""
+    """Times one request, over all its utterances, and makes its audio of samples."""
 
-    def __init__(self, load_seconds: float, utterances: list[_Utterance]):
-        self.seed = utterances[0].seed if utterances else 0  # the request's own: what reproduces it
+    def __init__(self, load_seconds: float, sample_rate: int, seed: int, text_tokens: int = 0):
+        self._sample_rate, self._seed = sample_rate, seed  # the request's own seed: what reproduces it
         self._start = time.perf_counter()
-        self._base = Timings(load_seconds, 0.0, 0.0, 0.0, sum(u.words for u in utterances), 0, 0.0, "")
+        self._base = Timings(load_seconds, 0.0, 0.0, 0.0, text_tokens, 0, 0.0, "")
+
+    def waiting(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Pass the pieces of a text on, timing how long they take to come."""
+        arriving = iter(pieces)
+        while True:
+            started = time.perf_counter()
+            try:
+                piece = next(arriving)
+            except StopIteration:
+                return
+            finally:
+                waited = self._base.waited_seconds + time.perf_counter() - started
+                self._base = replace(self._base, waited_seconds=waited)
+            yield piece
+
+    def reading(self, text: Iterable[int]) -> Iterator[int]:
+        """Pass text ids on, counting them."""
+        for token in text:
+            self._base = replace(self._base, text_tokens=self._base.text_tokens + 1)
+            yield token
 
     def counted(self, tokens: Iterator[int]) -> Iterator[int]:
         """Pass the language model's tokens on, counting them and its time, and keep how it ended."""
         while True:
-            started = time.perf_counter()
+            started, waited = time.perf_counter(), self._base.waited_seconds
             try:
                 token = next(tokens)
             except StopIteration as stop:
                 if self._base.finish != "length":  # one that was cut is worth knowing of
                     self._base = replace(self._base, finish=stop.value)
                 return
-            spent = self._base.token_seconds + time.perf_counter() - started
-            self._base = replace(self._base, speech_tokens=self._base.speech_tokens + 1, token_seconds=spent)
+            spent = time.perf_counter() - started - (self._base.waited_seconds - waited)
+            count, seconds = self._base.speech_tokens + 1, self._base.token_seconds + spent
+            self._base = replace(self._base, speech_tokens=count, token_seconds=seconds)
             yield token
 
-    def read(self, samples: int, sample_rate: int) -> Timings:
-        """The timings now that `samples` more were made."""
+    def audio(self, samples: NDArray[np.float32], text: str = "", utterance: int = 0, *, pause: int = 0) -> Audio:
+        """More samples of the request, with a pause after them and the timings now that they were made."""
+        samples = np.pad(samples, (0, pause))
         now = time.perf_counter() - self._start
         first = self._base.first_audio_seconds or now
-        seconds = self._base.audio_seconds + samples / sample_rate
+        seconds = self._base.audio_seconds + len(samples) / self._sample_rate
         self._base = replace(self._base, first_audio_seconds=first, total_seconds=now, audio_seconds=seconds)
-        return self._base
+        return Audio(samples, self._sample_rate, self._seed, self._base, text, utterance, pause)
 
 
 def load(

@@ -22,10 +22,12 @@ MAX_CHARACTERS = 50_000  # a long chapter, an hour of speech
 class PromptedText:
     """Text ids of one utterance for the language model.
 
+    text: what is said, which `words` are the ids of.
     with_speech: whether the prompt recording's tokens go along.
     ends_paragraph: whether a pause belongs after it.
     """
 
+    text: str
     prompt: list[int]
     words: list[int]
     with_speech: bool
@@ -39,13 +41,11 @@ def speakable(text: str) -> str:
         UsageError: nothing is left to say, or it is too long.
     """
     if len(text) > MAX_CHARACTERS:
-        raise UsageError(f"{len(text)} characters are too many at once", where="text", remedy="give it in parts")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise UsageError("not valid UTF-8", where="text")
+        raise too_long(len(text))
     lines = text.replace("\r\n", "\n").replace("\r", "\n")
-    kept = "".join(_plain(c) for c in lines).strip()
-    if not _says_something(kept.rpartition(END_OF_PROMPT)[2]):
-        raise UsageError("there is nothing to say: no letter and no digit", where="text")
+    kept = "".join(plain(c) for c in lines).strip()
+    if not says_something(kept.rpartition(END_OF_PROMPT)[2]):
+        raise nothing_to_say()
     return kept
 
 
@@ -66,36 +66,68 @@ def compose(
     """
     text = speakable(text)
     head, marker, words = text.rpartition(END_OF_PROMPT)
-    if instruction and (marker or END_OF_PROMPT in instruction):
-        raise UsageError(f"{END_OF_PROMPT} is placed for you", where="instruction", remedy="leave it out")
+    if marker and instruction:
+        raise placed_for_you("instruction")
     if marker:
-        prompt, with_speech = head + marker, False
-    elif instruction:
-        prompt, with_speech = f"{SYSTEM} {speakable(instruction)}{END_OF_PROMPT}", False
-    elif END_OF_PROMPT in transcript:
-        prompt, with_speech = transcript, True
+        prompt, with_speech = tokenizer.encode(head + marker), False
     else:
-        prompt, with_speech = f"{SYSTEM}{END_OF_PROMPT}{transcript}", bool(transcript)
+        head_ids, transcript_ids = compose_prompt(transcript, tokenizer, instruction=instruction)
+        prompt, with_speech = head_ids + transcript_ids, bool(transcript_ids)
     if normalized:
         words = normalize(words)
-    before = tokenizer.encode(prompt)
     pieces = [
-        piece for piece in split_text(words, lambda part: len(tokenizer.encode(part))) if _says_something(piece.text)
+        (" ".join(piece.text.split()), piece.ends_paragraph)
+        for piece in split_text(words, lambda part: len(tokenizer.encode(part)))
+        if says_something(piece.text)
     ]
-    return [
-        PromptedText(before, tokenizer.encode(" ".join(piece.text.split())), with_speech, piece.ends_paragraph)
-        for piece in pieces
-        if _says_something(piece.text)
-    ]
+    return [PromptedText(said, prompt, tokenizer.encode(said), with_speech, ends) for said, ends in pieces]
 
 
-def _plain(character: str) -> str:
+def compose_prompt(transcript: str, tokenizer: TextTokenizer, *, instruction: str = "") -> tuple[list[int], list[int]]:
+    """What stands before the words: ids up to and with the marker, and the ids of the transcript after it.
+
+    Raises:
+        UsageError: the instruction says nothing, or brings a marker.
+    """
+    if END_OF_PROMPT in instruction:
+        raise placed_for_you("instruction")
+    if instruction:
+        prompt = f"{SYSTEM} {speakable(instruction)}{END_OF_PROMPT}"
+    elif END_OF_PROMPT in transcript:
+        prompt = transcript
+    else:
+        prompt = f"{SYSTEM}{END_OF_PROMPT}{transcript}"
+    ids = tokenizer.encode(prompt)
+    end = ids.index(tokenizer.end_of_prompt) + 1
+    return ids[:end], ids[end:]
+
+
+def plain(character: str) -> str:
+    """A line end as it is, other white space as a space, a control character as nothing.
+
+    Raises:
+        UsageError: it is half of a surrogate pair, as a broken decoder leaves them.
+    """
     if character == "\n":
         return character
     if character.isspace():
         return " "
+    if "\ud800" <= character <= "\udfff":
+        raise UsageError("not valid UTF-8", where="text")
     return "" if unicodedata.category(character)[0] == "C" else character
 
 
-def _says_something(text: str) -> bool:
+def says_something(text: str) -> bool:
     return any(unicodedata.category(c)[0] in "LN" for c in text)
+
+
+def nothing_to_say() -> UsageError:
+    return UsageError("there is nothing to say: no letter and no digit", where="text")
+
+
+def too_long(characters: int) -> UsageError:
+    return UsageError(f"{characters} characters are too many at once", where="text", remedy="give it in parts")
+
+
+def placed_for_you(where: str) -> UsageError:
+    return UsageError(f"{END_OF_PROMPT} is placed for you", where=where, remedy="leave it out")

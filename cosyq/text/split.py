@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 LONGEST = 80  # tokens of a piece
+LOOK_BACK = 12  # characters that tell an abbreviation
 SHORT_TAIL = 6  # what is left over of a sixth of the longest joins the piece before
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
@@ -48,6 +49,24 @@ def split_text(text: str, count: Callable[[str], int], longest: int = LONGEST) -
     return pieces
 
 
+def ends_sentence(text: str, following: str) -> bool:
+    """Whether a sentence ends with `text`, the character after it being `following`."""
+    tail = text[-4 * LOOK_BACK :]
+    end = _end(_SENTENCE, tail, following)
+    return end is not None and not _abbreviates(tail, end)
+
+
+def ends_clause(text: str, following: str) -> bool:
+    """Whether a clause does."""
+    return _end(_CLAUSE, text[-4 * LOOK_BACK :], following) is not None
+
+
+def _end(separator: re.Pattern[str], text: str, following: str) -> re.Match[str] | None:
+    end = len(text) + following.isspace()
+    matches = separator.finditer(text + following)
+    return next((m for m in matches if m.start() <= len(text) and m.end() == end), None)
+
+
 def _fitting(paragraph: str, count: Callable[[str], int], longest: int) -> Iterator[str]:
     """Sentences, and parts of those that are too long."""
     for sentence in sentences(paragraph):
@@ -65,13 +84,17 @@ def sentences(paragraph: str) -> Iterator[str]:
     """The sentences with their ends and the space after them; joined they are `paragraph`."""
     begin = 0
     for match in _SENTENCE.finditer(paragraph):
-        head = paragraph[max(begin, match.start() - 12) : match.start()]
-        if match[0].startswith(".") and _ABBREVIATION.search(head):
+        if _abbreviates(paragraph, match, begin):
             continue
         yield paragraph[begin : match.end()]
         begin = match.end()
     if begin < len(paragraph):
         yield paragraph[begin:]
+
+
+def _abbreviates(text: str, stop: re.Match[str], begin: int = 0) -> bool:
+    head = text[max(begin, stop.start() - LOOK_BACK) : stop.start()]
+    return stop[0].startswith(".") and _ABBREVIATION.search(head) is not None
 
 
 def _words(clause: str, count: Callable[[str], int], longest: int) -> Iterator[str]:

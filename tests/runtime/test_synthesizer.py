@@ -64,10 +64,9 @@ def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
 
 
 def _tokens(tts, voice, seed):
-    from cosyq.runtime.synthesizer import _Clock
-
-    (utterance,) = tts._prepare(TEXT, {"voice": voice, "seed": seed})
-    return list(tts._speech(utterance, _Clock(0, [])))
+    manner = tts._manner({"voice": voice, "seed": seed})
+    (utterance,) = tts._prepare(TEXT, manner)
+    return list(tts._speech(utterance, tts._clock(manner)))
 
 
 def test_the_minimum_length_is_enforced(tts):
@@ -177,7 +176,7 @@ def test_speed_changes_the_length_and_streams_alike(tts, voice):
 
 def test_modes_decide_what_the_language_model_sees(tts, voice):
     def seen(**options):
-        (utterance,) = tts._prepare(TEXT, {"voice": voice, **options})
+        (utterance,) = tts._prepare(TEXT, tts._manner({"voice": voice, **options}))
         return utterance.text, utterance.prompt_speech
 
     encode = tts._tokenizer.encode
@@ -206,7 +205,8 @@ LONG = "hello world. the quick brown fox jumps over the lazy dog. " * 3 + "\n\na
 
 
 def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
-    utterances = tts._prepare(LONG, {"voice": voice, "seed": 4})
+    manner = tts._manner({"voice": voice, "seed": 4})
+    utterances = tts._prepare(LONG, manner)
     assert len(utterances) > 2
     assert [u.seed for u in utterances] == [4 + i for i in range(len(utterances))]
     assert [bool(u.pause) for u in utterances].count(True) == 1
@@ -220,7 +220,7 @@ def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
     assert whole.timings.audio_seconds == pytest.approx(len(whole.samples) / 24000)
     assert whole.timings.text_tokens == sum(u.words for u in utterances)
     # Each is what it would be alone, with the seed it got.
-    (alone,) = tts._utterances(utterances[:1])
+    (alone,) = tts._utterances(utterances[:1], manner)
     assert np.array_equal(alone.samples, parts[0].samples)
     streamed = list(tts.stream(LONG, voice=voice, seed=4))
     assert sum(len(c.samples) for c in streamed) == len(whole.samples)
