@@ -95,16 +95,34 @@ def check_suffix(path: Path, *, raw: bool) -> None:
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write, renamed to `path` when the block ends well.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "libsndfile" not in type(error).__name__.lower() + str(error).lower():
+            raise
+        raise ArtifactError(f"cannot be written ({error})", where=path) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def file_sink(path: Path, sample_rate: int, *, raw: bool) -> Iterator[Sink]:
-    """A sink into a temporary sibling, renamed to `path` when the block ends well.
+    """A sink into a file that appears when the block ends well.
 
     Raises:
         UsageError: the suffix is unknown or the folder is missing.
         ArtifactError: the file cannot be written.
     """
     check_suffix(path, raw=raw)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
+    with whole_file(path) as partial:
         if raw:
             with partial.open("wb") as file:
                 yield _RawFile(file)
@@ -114,10 +132,3 @@ def file_sink(path: Path, sample_rate: int, *, raw: bool) -> Iterator[Sink]:
                 yield sound
             finally:
                 sound.close()
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "libsndfile" not in type(error).__name__.lower() + str(error).lower():
-            raise
-        raise ArtifactError(f"cannot be written ({error})", where=path) from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cosyq.errors import ArtifactError
+from cosyq.errors import ArtifactError, CosyqError, DeviceError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -34,6 +35,18 @@ def note(message: str) -> None:
 def emit(data: dict[str, Any]) -> None:
     """The command's result, as JSON on stdout."""
     print(json.dumps(data, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+
+
+def expect(error: Exception) -> CosyqError:
+    """What a user is told of a failure: an expected one as it is, memory that ran out, or a bug of ours."""
+    if os.environ.get("COSYQ_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, CosyqError):
+        return error
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return DeviceError("out of memory", where="device", remedy="choose a smaller recipe or a shorter text")
+    return CosyqError(f"internal error: {type(error).__name__}: {error} (COSYQ_DEBUG=1 shows where)")
 
 
 def choose_artifact(given: Path | None) -> Path:
@@ -56,8 +69,8 @@ def choose_artifact(given: Path | None) -> Path:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, total) that draws a bar on a terminal, and is silent elsewhere."""
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A callback (what, done, total or None) that draws a bar of bytes on a terminal, and is silent elsewhere."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
@@ -65,7 +78,8 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    # stdout stays what it is: rich would send what is printed meanwhile to stderr with the bar.
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task(title)
         yield lambda what, done, total: progress.update(
             task, description=f"{title} {what:<44.44}", completed=done, total=total

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,7 +12,8 @@ import typer
 
 from cosyq import __version__
 from cosyq.cli import checkpoint, convert, inspect, quantize, recipes, synth, verify, voice
-from cosyq.errors import CosyqError, DeviceError, ReaderGoneError
+from cosyq.cli.console import expect
+from cosyq.errors import ReaderGoneError
 
 INTERRUPTED = 130
 
@@ -67,18 +66,12 @@ def run(arguments: Sequence[str]) -> int:
         return _fail("interrupted", INTERRUPTED, arguments)
     except ReaderGoneError as error:
         return error.exit_code
-    except CosyqError as error:
-        _trace()
-        return _fail(str(error), error.exit_code, arguments)
     except Exception as error:
         if callable(show := getattr(error, "show", None)):  # a usage error of click's, which typer vendors or imports
             show()
             return getattr(error, "exit_code", 2)
-        _trace()
-        if _out_of_memory(error):
-            raised = DeviceError("out of memory", where="device", remedy="choose a smaller recipe or a shorter text")
-            return _fail(str(raised), raised.exit_code, arguments)
-        return _fail(f"internal error: {type(error).__name__}: {error} (COSYQ_DEBUG=1 shows where)", 1, arguments)
+        expected = expect(error)
+        return _fail(str(expected), expected.exit_code, arguments)
 
 
 def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
@@ -86,13 +79,3 @@ def _fail(message: str, code: int, arguments: Sequence[str]) -> int:
     if "--json" in arguments:
         print(json.dumps({"error": {"message": message, "exit_code": code}}, ensure_ascii=False))
     return code
-
-
-def _trace() -> None:
-    if os.environ.get("COSYQ_DEBUG") == "1":
-        traceback.print_exc()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
