@@ -1,5 +1,6 @@
 """The README's commands and Python run as written, on the demo's artifact."""
 
+import json
 import os
 import re
 import shlex
@@ -43,6 +44,21 @@ def test_the_examples_after_the_demo(demo):
         if not line.startswith(". "):
             shell(demo, line.replace("cosyq ", f"{shlex.quote(sys.executable)} -m cosyq "))
     assert {"out.wav", "out.s16le", "out.flac"} <= {p.name for p in demo.iterdir()}
+
+
+def test_the_ways_in(demo):
+    (block,) = [b for b in blocks("sh") if "--jsonl -a" in b]
+    (demo / "chapter.txt").write_text("A chapter begins.\n\nAnd ends.")
+    (demo / "lines.jsonl").write_text('{"id": "one", "text": "One."}\n{"id": "two", "text": "Two.", "seed": 2}\n')
+    (demo / "chatbot").write_text("#!/bin/sh\nfor word in As the words come; do echo $word; sleep 0.1; done")
+    (demo / "chatbot").chmod(0o755)
+    for line in block.splitlines():
+        done = shell(demo, line.replace("cosyq ", f"{shlex.quote(sys.executable)} -m cosyq "))
+        if "--jsonl" in line:
+            assert [json.loads(result)["id"] for result in done.stdout.splitlines()] == ["one", "two"]
+    assert {"chapter.wav", "chapter.srt", "answer.s16le"} <= {p.name for p in demo.iterdir()}
+    assert (demo / "chapter.srt").read_text().count("-->") == 2
+    assert (demo / "spoken" / "two.wav").is_file()
 
 
 def test_the_python_example(demo):

@@ -50,7 +50,7 @@ def test_the_beginning_is_heard_while_the_text_still_waits(tts):
     written, heard, taken = queue.Queue(), queue.Queue(), []
 
     def pieces():
-        while (piece := written.get(timeout=60)) is not None:
+        while (piece := written.get(timeout=180)) is not None:
             taken.append(piece)
             yield piece
 
@@ -61,14 +61,14 @@ def test_the_beginning_is_heard_while_the_text_still_waits(tts):
 
     threading.Thread(target=speak, daemon=True).start()
     written.put("hello world, the quick brown fox ")
-    first = heard.get(timeout=60)
+    first = heard.get(timeout=180)
     assert len(first.samples)
     assert len(taken) == 1
     assert "hello world, the quick brown fox".startswith(first.text)
     for piece in ("jumps over ", "the lazy dog", None):
         written.put(piece)
     rest = []
-    while (chunk := heard.get(timeout=60)) is not None:
+    while (chunk := heard.get(timeout=180)) is not None:
         rest.append(chunk)
     assert rest[-1].text == TEXT
     assert np.array_equal(joined([first, *rest]), joined(tts.stream_text([TEXT], seed=1)))
