@@ -47,7 +47,7 @@ def test_the_examples_after_the_demo(demo):
 
 
 def test_the_ways_in(demo):
-    (block,) = [b for b in blocks("sh") if "--jsonl -a" in b]
+    (block,) = [b for b in blocks("sh") if "lines.jsonl" in b]
     (demo / "chapter.txt").write_text("A chapter begins.\n\nAnd ends.")
     (demo / "lines.jsonl").write_text('{"id": "one", "text": "One."}\n{"id": "two", "text": "Two.", "seed": 2}\n')
     (demo / "chatbot").write_text("#!/bin/sh\nfor word in As the words come; do echo $word; sleep 0.1; done")

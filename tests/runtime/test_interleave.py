@@ -125,6 +125,9 @@ def test_it_may_end_only_after_the_text_and_the_least_length(words, least):
 def test_the_greatest_length_and_the_room_are_kept():
     assert len(run(range(4), stop_at=10_000)[1]) == 80
     assert len(run(range(6), stop_at=10_000)[1]) == 120
+    with_recording = {"transcript": range(9), "prompt": range(60)}  # which count for nothing in it
+    assert len(run(range(4), stop_at=10_000, **with_recording)[1]) == 80
+    assert len(run(range(4), **with_recording)[1]) == 8
     for room in (0, 7, 15, 16, 31):
         assert (len(run(range(40), room=room)[1]), run(range(40), room=room)[2]) == (room, "length")
 
@@ -163,7 +166,8 @@ def test_logits_equal_those_of_one_pass(engine, words, transcript, prompt):
     drawn, sampler = [], engine._sampler(torch.Generator().manual_seed(3))
 
     def recording(logits, history, may_stop):
-        drawn.append(logits)
+        assert logits.is_inference()
+        drawn.append(logits.clone())
         return sampler(logits, history, may_stop)
 
     cache = KVCache.empty(c, frame.capacity, device=torch.device("cpu"), dtype=torch.float32)

@@ -156,6 +156,11 @@ def test_long_text_becomes_utterances_at_the_best_place_there_is(tokenizer, stop
     assert not any(u.ends_paragraph for u, _ in found[:-1])
 
 
+def test_a_word_has_an_end(tokenizer):
+    found = read(["the" * 300], tokenizer)
+    assert [len(u.text) for u, _ in found] == [256, 256, 256, 132]
+
+
 def test_the_blank_line_after_a_full_utterance_is_not_lost(tokenizer):
     long = f"{SENTENCE}, {SENTENCE}, {SENTENCE}, {SENTENCE}."
     assert len(tokenizer.encode(long)) > LONGEST
