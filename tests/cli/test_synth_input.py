@@ -317,7 +317,8 @@ def test_ctrl_c_keeps_what_is_done(spoken, tmp_path):
     process = subprocess.Popen(
         [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=as_on_a_terminal
     )
-    told = [json.loads(process.stdout.readline()) for _ in range(2)]  # as they are made
+    told = [json.loads(process.stdout.readline()) for _ in range(2)]
+    assert len(list((tmp_path / "out").iterdir())) < 16  # told as they are made
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 130
