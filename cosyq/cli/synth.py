@@ -43,7 +43,9 @@ def synth(
     prompt_text: Annotated[str, typer.Option(help="What is said in it.")] = "",
     source: Source = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
-    engine: Annotated[Literal["reference", "bnb"], typer.Option(help="What multiplies.")] = "reference",
+    engine: Annotated[
+        Literal["auto", "reference", "unpacked", "bnb"], typer.Option(help="What multiplies; unpacked takes memory.")
+    ] = "auto",
     device: Device = "auto",
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of matrix products.")] = "auto",
     as_json: Json = False,
@@ -104,7 +106,7 @@ def synth(
     timings = last.timings
     if as_json:
         place = tts.engine.device
-        about = {"output": str(target), "seed": last.seed, "engine": engine, "device": str(place)}
+        about = {"output": str(target), "seed": last.seed, "engine": tts.engine.name, "device": str(place)}
         about["normalizer"] = engine_name() if normalize else "none"
         emit(about | {"peak_memory_bytes": peak_memory(place)} | timings.to_dict())
         return

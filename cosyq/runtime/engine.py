@@ -34,6 +34,7 @@ VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with th
 class Engine(Protocol):
     """What a synthesizer needs of an engine. Everything in and out is on the host."""
 
+    name: str
     config: ModelConfig
     device: torch.device
 
@@ -61,7 +62,8 @@ class TorchEngine:
 
     def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
         matmul = MATMULS[name]
-        self.name, self.device, self.dtype = name, device, dtype
+        self.name: str = name
+        self.device, self.dtype = device, dtype
         self.config = artifact.manifest.model
         self._text_rows: Callable[[list[int]], Tensor] = text_rows(artifact)
         self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]

@@ -271,7 +271,8 @@ class Synthesizer:
     def _stream_text(self, pieces: Iterable[str], frame: Frame, manner: _Manner) -> Iterator[Audio]:
         clock = self._clock(manner)
         before = None
-        for index, utterance in enumerate(arriving.utterances(clock.waiting(pieces), self._tokenizer.encode)):
+        said = arriving.utterances(clock.waiting(pieces), self._tokenizer.encode, normalized=manner.normalized)
+        for index, utterance in enumerate(said):
             if before is not None and before.ends_paragraph:
                 yield clock.audio(SILENCE, before.text, index - 1, pause=self._pause)
             generator = torch.Generator().manual_seed(manner.nth_seed(index))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
+from cosyq.text.normalize import normalize_arriving
 from cosyq.text.prompt import MAX_CHARACTERS, nothing_to_say, placed_for_you, plain, says_something, too_long
 from cosyq.text.split import LONGEST, ends_clause, ends_sentence
 from cosyq.text.tokenizer import END_OF_PROMPT
@@ -59,14 +60,16 @@ class Utterance:
             yield from event.ids
 
 
-def utterances(pieces: Iterable[str], encode: Encode) -> Iterator[Utterance]:
+def utterances(pieces: Iterable[str], encode: Encode, *, normalized: bool) -> Iterator[Utterance]:
     """The utterances of a text that arrives in `pieces`; each is to be read to its end before the next.
+
+    Where it is to be `normalized`, what is read are the words that are said.
 
     Raises:
         UsageError: as soon as the text turns out to be too long, to bring a marker, or to say nothing.
     """
-    # Between the two stages is the place to rewrite the text, a sentence at a time: `words` takes it in any cut.
-    events = words(characters(pieces), encode)
+    written = characters(pieces)
+    events = words(normalize_arriving(written) if normalized else written, encode)
     last = None
     for event in events:
         if isinstance(event, Word):

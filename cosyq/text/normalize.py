@@ -15,11 +15,11 @@ without normalization.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from cosyq.text import chinese_rules, english_rules
 from cosyq.text.spans import TAG
-from cosyq.text.split import sentences
+from cosyq.text.split import ends_sentence, sentences
 
 _TAG = re.compile(TAG)
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -28,6 +28,9 @@ _WORD = re.compile(r"(?<![\w@./:-])[a-z]{2,}(?![\w@/:]|[.-]\w)", re.ASCII)  # no
 _GREEK = "\u0370-\u03ff\u00b5"
 _SYMBOL = re.compile(f"(?<![{_GREEK}])[{_GREEK}](?![{_GREEK}])")  # μ, π: not yet Greek
 _PUNCTUATION = re.compile("[，。、；：！？《》「」]")  # of "3D、4K"
+_PLAIN = re.compile(rf"\s*(?:[A-Za-z]?[a-z]*(?:['’][a-z]+)?[,;:]?|{_HAN.pattern}+[，、；：]?)\s*")
+LONGEST_HELD = 2000  # characters of a sentence that is still being written
+
 _HALF_WIDTH = str.maketrans("０１２３４５６７８９％＄＋＝＃＆＠．", "0123456789%$+=#&@.")
 
 
@@ -38,6 +41,41 @@ def normalize(text: str) -> str:
         UsageError: a span needs wetext, and wetext cannot be imported.
     """
     return "".join(_read(language, run) for language, run in _runs(text))
+
+
+def normalize_arriving(characters: Iterable[str]) -> Iterator[str]:
+    """A text that is still being written, as it is said.
+
+    Plain words are passed on as they come, with one word of foresight ("No" may become "number"); from the first that is
+    not plain, the sentence is held to its end, as what a number is called depends on what follows it. A sentence without
+    letters is English here, or Mandarin by its signs: the text around it is not known.
+
+    Raises:
+        UsageError: a span needs wetext, and wetext cannot be imported.
+    """
+    sentence, given, word = "", 0, 0  # what of the sentence was passed on, where its last word begins
+    held = False
+    for character in characters:
+        if sentence and ends_sentence(sentence, character):
+            yield _rest(sentence, given)
+            sentence, given, word, held = "", 0, 0, False
+        sentence += character
+        if character == "\n" or len(sentence) == LONGEST_HELD:
+            yield _rest(sentence, given)
+            sentence, given, word, held = "", 0, 0, False
+        elif not held and (character.isspace() or character in "，、；："):
+            held = _PLAIN.fullmatch(sentence, word) is None
+            if not held:
+                if word > given:
+                    yield sentence[given:word]
+                given, word = word, len(sentence)
+    yield _rest(sentence, given)
+
+
+def _rest(sentence: str, given: int) -> str:
+    """What is left to say of a sentence when `given` characters were passed on as they stand."""
+    spoken, said = normalize(sentence), sentence[:given]
+    return spoken[given:] if spoken.startswith(said) else normalize(sentence[given:])
 
 
 def _read(language: str, run: str) -> str:

@@ -46,7 +46,7 @@ def _bytes_to_characters():
 
 
 def read(pieces, tokenizer):
-    return [(u, list(u)) for u in utterances(pieces, tokenizer.encode)]
+    return [(u, list(u)) for u in utterances(pieces, tokenizer.encode, normalized=False)]
 
 
 def collapsed(text):
@@ -120,7 +120,7 @@ def _heard(text, tokenizer):
 
     ids = []
     try:
-        for utterance in utterances(pieces(), tokenizer.encode):
+        for utterance in utterances(pieces(), tokenizer.encode, normalized=False):
             for token in utterance:
                 ids.append(token)
             return ids, True

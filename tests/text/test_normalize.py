@@ -12,7 +12,7 @@ from cosyq.artifact.reader import open_artifact
 from cosyq.errors import UsageError
 from cosyq.text import chinese_rules, engine, english_rules
 from cosyq.text.engine import engine_name, say
-from cosyq.text.normalize import normalize
+from cosyq.text.normalize import LONGEST_HELD, normalize, normalize_arriving
 from cosyq.text.prompt import compose
 from cosyq.text.split import LONGEST, SHORT_TAIL
 from cosyq.text.tokenizer import special_tokens
@@ -287,3 +287,49 @@ def test_a_long_run_in_any_place_is_read(shape, start):
     text = start + shape.format("1" * 5000, "2" * 5000)
     assert not re.search("[0-9]", normalize(text))
     assert seconds(text) < 0.5
+
+
+# ---- text that is still being written
+
+
+def arrived(text: str) -> list[str]:
+    return [piece for piece in normalize_arriving(text) if piece]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Well, we go to page 3-5 today. It costs $12.50, no more. And so on.",
+        "No problem. No. 5 is alive. On Jan 5 we met Dr. Smith at 10:30 am.",
+        "她说，我们有2个人，约1/3。然后3点见。好的！",
+        "plain words only\nand a line\n\nand another",
+        "",
+    ],
+)
+def test_arriving_text_is_read_like_a_whole_one(text):
+    assert "".join(arrived(text)) == normalize(text)
+
+
+def test_plain_words_do_not_wait_for_the_sentence():
+    seen = []
+
+    def written():
+        for character in "The first words come at once, and then 5 km":
+            seen.append(character)
+            yield character
+
+    pieces = normalize_arriving(written())
+    assert next(pieces) == "The "
+    assert "".join(seen) == "The first "  # one word of foresight
+    assert "".join(pieces) == "first words come at once, and then five kilometers"
+
+
+def test_a_sentence_without_an_end_is_not_held_for_ever():
+    pieces = arrived("5 " + "word " * 2000)
+    assert max(map(len, pieces)) <= LONGEST_HELD + 10
+    assert "".join(pieces).split() == ["five", *["word"] * 2000]
+
+
+@given(st.text(alphabet="ab .,;:!?\n一，。", max_size=60))
+def test_what_is_plain_arrives_as_it_is(text):
+    assert "".join(arrived(text)) == text
