@@ -29,6 +29,7 @@ _GREEK = "\u0370-\u03ff\u00b5"
 _SYMBOL = re.compile(f"(?<![{_GREEK}])[{_GREEK}](?![{_GREEK}])")  # μ, π: not yet Greek
 _PUNCTUATION = re.compile("[，。、；：！？《》「」]")  # of "3D、4K"
 _PLAIN = re.compile(rf"\s*(?:[A-Za-z]?[a-z]*(?:['’][a-z]+)?[,;:]?|{_HAN.pattern}+[，、；：]?)\s*")
+_MAY_COUNT = re.compile(r"\b[A-Za-z]{1,4}\.\s*$")  # "No." before a number
 LONGEST_HELD = 2000  # characters of a sentence that is still being written
 
 _HALF_WIDTH = str.maketrans("０１２３４５６７８９％＄＋＝＃＆＠．", "0123456789%$+=#&@.")
@@ -54,11 +55,14 @@ def normalize_arriving(characters: Iterable[str]) -> Iterator[str]:
         UsageError: a span needs wetext, and wetext cannot be imported.
     """
     sentence, given, word = "", 0, 0  # what of the sentence was passed on, where its last word begins
-    held = False
+    held = ended = False
     for character in characters:
-        if sentence and ends_sentence(sentence, character):
+        ended = ended or ends_sentence(sentence, character)
+        counts = _MAY_COUNT.search(sentence) and (character.isspace() or character.isdigit())
+        if sentence and ended and not counts:
             yield _rest(sentence, given)
             sentence, given, word, held = "", 0, 0, False
+        ended = ended and bool(counts) and character.isspace()
         sentence += character
         if character == "\n" or len(sentence) == LONGEST_HELD:
             yield _rest(sentence, given)
