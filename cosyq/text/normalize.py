@@ -47,9 +47,9 @@ def normalize(text: str) -> str:
 def normalize_arriving(characters: Iterable[str]) -> Iterator[str]:
     """A text that is still being written, as it is said.
 
-    Plain words are passed on as they come, with one word of foresight ("No" may become "number"); from the first that is
-    not plain, the sentence is held to its end, as what a number is called depends on what follows it. A sentence without
-    letters is English here, or Mandarin by its signs: the text around it is not known.
+    Plain words are passed on as they come, with one word of foresight ("No." may become "number"); from the first that
+    is not plain, the sentence is held to its end, as what a number is called depends on what follows it. A sentence
+    without letters is English here, or Mandarin by its signs: the text around it is not known.
 
     Raises:
         UsageError: a span needs wetext, and wetext cannot be imported.
