@@ -2,7 +2,8 @@
 
 The flow's attention is block-causal, its blocks counted from the start of the prompt. A chunk that ends where
 a block ends is final; one that ends elsewhere would be rendered again. The first chunk is what the prompt left
-of its last block, later ones grow, because each one costs the flow a pass over all that came before.
+of its last block, so a stream shows the flow as much of the prompt's end as leaves it a short one; the language model
+sees it whole. Later chunks grow, because each one costs the flow a pass over all that came before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ from collections.abc import Iterator
 
 GROWTH = 2
 LARGEST = 4  # blocks
+FIRST = 0.4  # of a block: ten of the published 25 tokens, and the look-ahead's three
+
+
+def shown_prompt(prompt_tokens: int, block: int) -> int:
+    """How many of a prompt's last tokens a stream shows the flow: all but what its first chunk would be longer for.
+
+    A prompt that is shorter than the rest of the first block is shown whole.
+    """
+    before = block - round(FIRST * block)
+    return prompt_tokens if prompt_tokens < before else prompt_tokens - (prompt_tokens - before) % block
 
 
 def chunk_ends(prompt_tokens: int, block: int) -> Iterator[int]:

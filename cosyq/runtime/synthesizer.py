@@ -25,7 +25,7 @@ from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import shorten_silence
 from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.interleave import Frame
-from cosyq.runtime.schedule import chunk_ends
+from cosyq.runtime.schedule import chunk_ends, shown_prompt
 from cosyq.runtime.speed import FASTEST, SLOWEST, Pace
 from cosyq.text import arriving
 from cosyq.text.prompt import compose, compose_prompt
@@ -284,19 +284,21 @@ class Synthesizer:
     def _chunks(self, tokens: Iterator[int], manner: _Manner) -> Iterator[NDArray[np.float32]]:
         """Render an utterance's speech ids as they come."""
         flow, state, pace = self.engine.config.flow, StreamState(), Pace(manner.speed)
+        voice, block = manner.voice, flow.chunk_frames // flow.token_mel_ratio
+        voice = voice.ending(shown_prompt(voice.prompt_tokens.numel(), block))
         so_far: list[int] = []
         sent = 0  # frames of the flow that were passed on
-        ends = chunk_ends(manner.voice.prompt_tokens.numel(), flow.chunk_frames // flow.token_mel_ratio)
+        ends = chunk_ends(voice.prompt_tokens.numel(), block)
         end = next(ends)
         for token in tokens:
             so_far.append(token)
             if len(so_far) == end + flow.lookahead:
-                mel = self.engine.mel(so_far, manner.voice, streaming=True, final=False, steps=manner.steps)
+                mel = self.engine.mel(so_far, voice, streaming=True, final=False, steps=manner.steps)
                 samples = self.engine.samples(pace.frames(mel[:, sent:]), state, final=False).numpy()
                 sent, end = mel.shape[1], next(ends)
                 if len(samples):
                     yield samples
-        mel = self.engine.mel(so_far, manner.voice, streaming=True, final=True, steps=manner.steps)
+        mel = self.engine.mel(so_far, voice, streaming=True, final=True, steps=manner.steps)
         yield self.engine.samples(pace.frames(mel[:, sent:]), state, final=True).numpy()
 
     def _speech(self, utterance: _Utterance, clock: _Clock) -> Iterator[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,6 +48,16 @@ class Voice:
     def from_speaker(cls, name: str, speaker: Tensor, mel_dim: int = 80) -> Voice:
         """A voice that is a speaker vector and nothing more."""
         return cls(name, speaker.float(), torch.empty(0, dtype=torch.int32), torch.empty(0, mel_dim))
+
+    def ending(self, tokens: int) -> Voice:
+        """The same voice with the last `tokens` of its prompt, for a flow; its transcript says more than they do."""
+        left_out = self.prompt_tokens.numel() - tokens
+        if left_out <= 0:
+            return self
+        ratio = self.prompt_mel.shape[0] // self.prompt_tokens.numel()
+        return replace(
+            self, prompt_tokens=self.prompt_tokens[left_out:], prompt_mel=self.prompt_mel[ratio * left_out :]
+        )
 
     def check(self, config: FlowConfig, where: str | Path) -> None:
         """Raises ArtifactError when the voice does not fit a model of these dimensions."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cosyq.checkpoint.describe import SILENT_TOKENS
 from cosyq.runtime.decode import LONGEST_SILENCE, decode, shorten_silence
-from cosyq.runtime.schedule import chunk_ends
+from cosyq.runtime.schedule import chunk_ends, shown_prompt
 
 
 class Scripted:
@@ -77,5 +77,9 @@ def test_chunks_end_where_blocks_end(prompt, block):
     ends = list(islice(chunk_ends(prompt, block), 6))
     assert all((prompt + end) % block == 0 for end in ends)
     assert 0 < ends[0] <= block
+    shown = shown_prompt(prompt, block)
+    assert 0 <= prompt - shown < block
+    first = next(chunk_ends(shown, block))
+    assert first == 2 * block // 5 or (prompt < block and first == block - prompt)
     steps = [b - a for a, b in pairwise(ends)]
     assert steps == [block, 2 * block, 4 * block, 4 * block, 4 * block]

@@ -11,6 +11,7 @@ from cosyq.errors import ArtifactError, DeviceError, UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.quantize.linear import PackedLinear
 from cosyq.runtime.engine import pick_device
+from cosyq.runtime.schedule import shown_prompt
 from cosyq.runtime.synthesizer import NEUTRAL
 from cosyq.voices.voice import Voice
 
@@ -49,14 +50,17 @@ def test_requests_leave_nothing_behind(tts, voice):
     assert np.array_equal(alone, tts.synthesize(TEXT, voice=voice, seed=7).samples)
 
 
-@pytest.mark.parametrize("prompt", [0, 7, 25])
+@pytest.mark.parametrize("prompt", [0, 7, 16, 25])
 def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
-    """Whatever the prompt leaves of its last block, the chunks join to what one pass renders."""
+    """Whatever the prompt leaves of its last block, the chunks join to what one pass over its end renders."""
     cut = Voice("cut", voice.speaker, voice.prompt_tokens[:prompt], voice.prompt_mel[: 2 * prompt], "hello there")
     chunks = list(tts.stream(TEXT, voice=cut, seed=5))
     assert len(chunks) > 1
     tokens = _tokens(tts, cut, seed=5)
-    mel = tts.engine.mel(tokens, cut, streaming=True, final=True, steps=10)
+    flow = tts.engine.config.flow
+    shown = cut.ending(shown_prompt(prompt, flow.chunk_frames // flow.token_mel_ratio))
+    assert len(shown.prompt_mel) == 2 * shown.prompt_tokens.numel()
+    mel = tts.engine.mel(tokens, shown, streaming=True, final=True, steps=10)
     whole = tts.engine.samples(mel, StreamState(), final=True)
     streamed = torch.from_numpy(np.concatenate([chunk.samples for chunk in chunks]))
     # A chunk's flow runs over fewer frames, so float32 sums differ in order; ten steps and the phase amplify it.
