@@ -6,15 +6,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 
 import pytest
 import stand_in
+import stand_in_hub
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from cosyq import build
+from cosyq.cli.main import run
 from cosyq.recipe import find_recipe, load_recipe
 from cosyq.voices.voice import Voice
 
@@ -105,6 +109,58 @@ def voice(golden: dict[str, torch.Tensor]) -> Voice:
         prompt_mel=golden["flow.stream_final.prompt_feat"][0],
         transcript="hello there",
     )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[stand_in_hub.Hub]:
+    """A Hub on loopback for the real client in this process: its address, cache and patience are set to suit tests."""
+
+    with stand_in_hub.hub() as server:
+        server.tokens = {stand_in_hub.TOKEN: ("me", True), "hf_reader": ("me", False), "hf_other": ("other", True)}
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for module in ("utils._http", "file_download"):  # the client waits between its tries
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda _: None))
+        monkeypatch.setenv("HF_TOKEN", stand_in_hub.TOKEN)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From its call on, the Hub's client may not ask."""
+    return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def refused(result: tuple[int, str, str], code: int, *parts: str) -> str:
+    """It failed with this code and one line of error that has these parts."""
+    found, _, err = result
+    assert found == code, err
+    lines = err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in err
+    assert stand_in_hub.TOKEN not in err
+    assert len(lines) == 1 or code != 5 or lines[0].startswith(("source: ", "using "))
+    for part in parts:
+        assert part in lines[-1]
+    return lines[-1]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

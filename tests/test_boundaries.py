@@ -27,7 +27,8 @@ LEVELS = {
     "build": 4,
     "runtime": 4,
     "random_model": 4,
-    "cli": 5,
+    "publish": 5,
+    "cli": 6,
 }
 
 

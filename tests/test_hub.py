@@ -5,13 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
+import stand_in_hub
 from conftest import GOLDEN
 
 COMMIT = "29e01c4e8d000f4bcd70751be16fa94bf3d85a18"
@@ -23,51 +21,15 @@ def hub(encoders_folder):
     """Serves the golden checkpoint with encoders, and a file that no build needs; remembers what was asked for."""
     files = {str(p.relative_to(GOLDEN)): p.read_bytes() for p in GOLDEN.rglob("*") if p.is_file()}
     files |= {p.name: p.read_bytes() for p in encoders_folder.iterdir()} | {"flow.decoder.onnx": b"large"}
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self, status, body=b"", **headers):
-            self.send_response(status)
-            headers.setdefault("Content-Length", str(len(body)))
-            for key, value in headers.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            path = unquote(self.path.partition("?")[0])
-            if path.startswith(f"/api/models/{REPO}"):
-                entries = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
-                info = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
-                body = json.dumps(entries if "/tree/" in path else info).encode()
-                return self.answer(200, body, Content_Type="application/json")
-            name = path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")
-            if name not in files:
-                return self.answer(404, X_Error_Code="RepoNotFound")
-            if self.command == "GET":
-                asked.append(name)
-            etag = hashlib.sha256(files[name]).hexdigest()
-            self.answer(200, files[name], ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.asked, server.files = asked, files
-    yield server
-    server.shutdown()
-    server.server_close()
+    with stand_in_hub.hub() as server:
+        server.repositories[REPO] = stand_in_hub.Repository()
+        server.repositories[REPO].commit("main", files, sha=COMMIT)
+        yield server
 
 
 def quantize(hub, tmp_path, output, source=f"{REPO}@{COMMIT}", voices="[]", **more):
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
@@ -125,13 +87,13 @@ def test_the_encoders_are_fetched_where_a_voice_needs_them(hub, tmp_path):
 
 
 def test_what_the_hub_lacks(hub, tmp_path):
-    del hub.files["flow.pt"]
+    del hub.repositories[REPO].head()["flow.pt"]
     done = quantize(hub, tmp_path, tmp_path / "a")
     assert done.returncode == 5
     assert "the repository lacks flow.pt" in done.stderr
     done = quantize(hub, tmp_path, tmp_path / "a", source=f"nobody/nothing@{COMMIT}")
     assert done.returncode == 5
-    assert "the Hub answered 404" in done.stderr
+    assert "the Hub answered 401; check the name" in done.stderr  # what it says of names it will not tell strangers of
     assert [line.partition(":")[0] for line in done.stderr.strip().splitlines()] == ["source", "error"]
 
 

@@ -107,6 +107,29 @@ def test_from_a_phone_recording_to_a_voice(demo):
     shell(demo, 'cosyq synth "And here." -a artifacts/cosyq-mini -v me.safetensors -o elsewhere.wav')
 
 
+def test_to_and_from_the_hub(demo, hub, tmp_path):
+    """As written but for the owner's name."""
+    (block,) = [b for b in blocks("sh") if "cosyq push artifacts" in b]
+    environment = {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
+    dry, push, synth, pull = (line.partition("#")[0].replace("ME/", "me/") for line in block.splitlines())
+    shell(demo, dry, **environment)
+    assert hub.repositories == {}
+    done = json.loads(shell(demo, push, **environment).stdout)
+    assert (
+        done["commit_url"] == f"{hub.address}/me/cosyq-mini/commit/{hub.repositories['me/cosyq-mini'].branches['main']}"
+    )
+    assert f"@{done['commit']}" in shell(demo, synth, **environment).stderr
+    shell(demo, pull, **environment)
+    assert (demo / "artifacts" / "pulled" / "README.md").is_file()
+    assert not (demo / "artifacts" / "pulled" / "voices").exists()
+    shutil.rmtree(demo / "artifacts" / "pulled")
+
+
 def test_every_command_is_listed_and_every_listed_one_exists():
     (block,) = [b for b in blocks("sh") if "cosyq verify" in b]
     listed = {line.split()[1] for line in block.splitlines() if line.startswith("cosyq ")}

@@ -104,8 +104,8 @@ class Manifest:
             return cls(
                 name=_text(data["name"]),
                 source=SourceRecord(
-                    repo=data["source"]["repo"],
-                    revision=data["source"]["revision"],
+                    repo=_text_or_none(data["source"]["repo"]),
+                    revision=_text_or_none(data["source"]["revision"]),
                     files={str(k): _hash(v) for k, v in data["source"]["files"].items()},
                 ),
                 recipe=dict(data["recipe"]),
@@ -140,6 +140,10 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"expected text, found {value!r}")
     return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
 
 
 def _count(value: Any) -> int:

@@ -72,11 +72,11 @@ class Artifact:
         return tokenizer
 
 
-def open_artifact(folder: Path) -> Artifact:
-    """Read the manifest and check the files against it.
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, of a folder whose other files need not be there.
 
     Raises:
-        ArtifactError: something is missing, damaged, out of place or too new.
+        ArtifactError: it is missing, damaged or too new, or names no whole artifact.
     """
     path = folder / FILE_NAME
     if not folder.is_dir():
@@ -91,11 +91,20 @@ def open_artifact(folder: Path) -> Artifact:
         raise ArtifactError(str(error), where=path, remedy="upgrade cosyq") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"not a usable manifest ({error})", where=path, remedy=DAMAGED) from None
-    artifact = Artifact(folder, manifest)
     needed = {*STAGE_FILES.values(), TOKENIZER_FILE}
     if missing := needed - manifest.files.keys():
         raise ArtifactError(f"does not list {', '.join(sorted(missing))}", where=path, remedy=DAMAGED)
-    for name, record in manifest.files.items():
+    return manifest
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Read the manifest and check the files against it.
+
+    Raises:
+        ArtifactError: something is missing, damaged, out of place or too new.
+    """
+    artifact = Artifact(folder, read_manifest(folder))
+    for name, record in artifact.manifest.files.items():
         check_file(folder / name, record, full=record.bytes <= HASHED_ALWAYS)
     for stage in STAGES:
         _check_stage(artifact, stage)

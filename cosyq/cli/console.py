@@ -16,14 +16,19 @@ from typing import Annotated, Any
 
 import typer
 
-from cosyq.errors import ArtifactError, CosyqError, DeviceError
+from cosyq.errors import ArtifactError, CosyqError, DeviceError, UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ArtifactOption = Annotated[
-    Path | None,
-    typer.Option("-a", "--artifact", help="An artifact's folder; else $COSYQ_ARTIFACT, else the newest in artifacts/."),
+    str | None,
+    typer.Option(
+        "-a",
+        "--artifact",
+        help="An artifact's folder, or hf://REPO[@REV]; else $COSYQ_ARTIFACT, else the newest in artifacts/.",
+    ),
 ]
+ArtifactArgument = Annotated[str, typer.Argument(help="An artifact's folder, or hf://REPO[@REV].")]
 DEFAULT_FOLDER = Path("artifacts")
 
 
@@ -49,16 +54,18 @@ def expect(error: Exception) -> CosyqError:
     return CosyqError(f"internal error: {type(error).__name__}: {error} (COSYQ_DEBUG=1 shows where)")
 
 
-def choose_artifact(given: Path | None) -> Path:
-    """The artifact to use: as given, from the environment, or the newest under artifacts/, which is then named.
+def choose_artifact(given: str | None, *, to_change: bool = False) -> Path:
+    """The artifact's folder: as given, from the environment, or the newest under artifacts/, which is then named.
+
+    One of the Hub is fetched into the cache, unless it is there, and named with its commit.
 
     Raises:
         ArtifactError: there is none.
+        NetworkError: it cannot be fetched.
+        UsageError: one of the Hub is to be changed, or its reference is none.
     """
-    if given is not None:
-        return given
-    if named := os.environ.get("COSYQ_ARTIFACT"):
-        return Path(named)
+    if named := given or os.environ.get("COSYQ_ARTIFACT"):
+        return _fetched(named, to_change) if named.startswith("hf://") else Path(named)
     found = sorted(DEFAULT_FOLDER.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ArtifactError(
@@ -66,6 +73,18 @@ def choose_artifact(given: Path | None) -> Path:
         )
     note(f"using {found[-1].parent}")
     return found[-1].parent
+
+
+def _fetched(reference: str, to_change: bool) -> Path:
+    from cosyq.publish.pull import locate
+
+    if to_change:
+        raise UsageError(
+            "an artifact of the Hub is not changed in place", where=reference, remedy="`cosyq pull` makes a copy"
+        )
+    snapshot = locate(reference)
+    note(f"using {snapshot.reference}")
+    return snapshot.folder
 
 
 @contextmanager

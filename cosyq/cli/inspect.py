@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cosyq.cli.console import Json, emit, megabytes, note, print_table
+from cosyq.cli.console import ArtifactArgument, Json, choose_artifact, emit, megabytes, note, print_table
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="An artifact's folder.")],
+    artifact: ArtifactArgument,
     tensors: Annotated[bool, typer.Option("--tensors", help="Every module, not only the stages.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -21,7 +20,7 @@ def inspect(
 
     from cosyq.artifact.reader import open_artifact
 
-    opened = open_artifact(artifact)
+    opened = open_artifact(choose_artifact(artifact))
     manifest = opened.manifest
     if as_json:
         emit(json.loads(manifest.to_json()) | {"voices": list(opened.voice_files())})

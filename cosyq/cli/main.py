@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cosyq import __version__
-from cosyq.cli import checkpoint, convert, inspect, quantize, recipes, synth, verify, voice
+from cosyq.cli import checkpoint, convert, inspect, pull, push, quantize, recipes, synth, verify, voice
 from cosyq.cli.console import expect
 from cosyq.errors import ReaderGoneError
 
@@ -30,6 +30,8 @@ app.command("synth")(synth.synth)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
 app.add_typer(voice.app, name="voice")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cosyq.cli.console import Json, emit, note, print_table, progress_bar
+from cosyq.cli.console import ArtifactArgument, Json, choose_artifact, emit, note, print_table, progress_bar
 
 WORST = 10
 
 
 def verify(
-    artifact: Annotated[Path, typer.Argument(help="An artifact's folder.")],
+    artifact: ArtifactArgument,
     against: Annotated[Path | None, typer.Option(help="The checkpoint's folder it was made from.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -21,7 +21,7 @@ def verify(
     from cosyq.artifact.reader import open_artifact
     from cosyq.audit import measure_errors, verify_artifact
 
-    opened = open_artifact(artifact)
+    opened = open_artifact(choose_artifact(artifact))
     verify_artifact(opened)
     errors = []
     if against is not None:
@@ -29,7 +29,7 @@ def verify(
             errors = sorted(measure_errors(opened, against, progress), key=lambda e: -e.measured)
     if as_json:
         worst = [{"module": e.name, "rms_error": e.measured, "recorded": e.recorded} for e in errors[:WORST]]
-        emit({"artifact": str(artifact), "files": len(opened.manifest.files), "worst": worst})
+        emit({"artifact": artifact, "files": len(opened.manifest.files), "worst": worst})
         return
     note(f"{artifact}: {len(opened.manifest.files)} files are what the manifest says")
     if errors:

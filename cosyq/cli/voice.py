@@ -33,7 +33,7 @@ def add(
     from cosyq.artifact.edit import put_voice
     from cosyq.artifact.reader import open_artifact
 
-    opened = open_artifact(choose_artifact(artifact))
+    opened = open_artifact(choose_artifact(artifact, to_change=True))
     if name in opened.voice_files() and not force:
         raise UsageError("there is such a voice already", where=name, remedy="use another name, or --force")
     voice = make_voice(opened, name, audio, transcript, source)
@@ -72,7 +72,7 @@ def remove(name: Name, artifact: ArtifactOption = None, as_json: Json = False) -
     from cosyq.artifact.edit import remove_voice
     from cosyq.artifact.reader import open_artifact
 
-    opened = open_artifact(choose_artifact(artifact))
+    opened = open_artifact(choose_artifact(artifact, to_change=True))
     _require(opened, name)
     remove_voice(opened, name)
     if as_json:

@@ -15,38 +15,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN, REPOSITORY
+from conftest import GOLDEN, REPOSITORY, refused
 
 from cosyq.artifact.reader import open_artifact
-from cosyq.cli.main import run
 from cosyq.voices.voice import Voice
 
 COSYQ = [sys.executable, "-m", "cosyq"]
 MUTE = ("--set", "voices=[]")  # the shipped recipes' voice is on the web, and the golden checkpoint has no encoders
-
-
-@pytest.fixture
-def cli(capsys):
-    """Run a command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = run([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-def refused(result, code, *parts):
-    """It failed with this code and one line of error that has these parts."""
-    found, _, err = result
-    assert found == code, err
-    lines = err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    assert "Traceback" not in err
-    for part in parts:
-        assert part in lines[-1]
-    return lines[-1]
 
 
 # ---- light entry points
