@@ -69,9 +69,9 @@ def fetch(
     if cached:
         return cached
     where = f"{repo}@{revision}"
-    token = _token() or False
+    known = token() or False
     with _client(where, remedy):
-        tree = HfApi(token=token).list_repo_tree(repo, recursive=True, revision=revision)
+        tree = HfApi(token=known).list_repo_tree(repo, recursive=True, revision=revision)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
         chosen = [next((name for name in names if name in sizes), None) for names in wanted]
         lacking = [names[-1] for names, found in zip(wanted, chosen, strict=True) if found is None]
@@ -82,8 +82,8 @@ def fetch(
         if limit is not None and total > limit:
             raise NetworkError(f"{total} bytes, where at most {limit} are expected", where=where)
         if extra:  # first, so that they are there whenever the snapshot counts as complete
-            snapshot_download(repo, revision=revision, allow_patterns=extra, token=token)
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed, token=token))
+            snapshot_download(repo, revision=revision, allow_patterns=extra, token=known)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=needed, token=known))
 
 
 def find(repo: str, revision: str, name: str, *, limit: int, remedy: str) -> Path:
@@ -97,16 +97,16 @@ def find(repo: str, revision: str, name: str, *, limit: int, remedy: str) -> Pat
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     where = f"{repo}@{revision}"
-    token = _token() or False
+    known = token() or False
     try:
         with _client(where, remedy):
             cached = try_to_load_from_cache(repo, name, revision=revision)
             if COMMIT.fullmatch(revision) and isinstance(cached, str):
                 return Path(cached)
-            about = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=token)
+            about = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision), token=known)
             if about.size is None or about.size > limit:
                 raise NetworkError(f"{name} has {about.size} bytes, at most {limit} are expected", where=where)
-            return Path(hf_hub_download(repo, name, revision=revision, token=token))
+            return Path(hf_hub_download(repo, name, revision=revision, token=known))
     except _OutOfReachError:
         if isinstance(cached, str):
             return Path(cached)
@@ -151,13 +151,13 @@ def push(
     from huggingface_hub.hf_api import RepoFile
 
     where = f"{repo}@{branch}"
-    token = _token()
-    if token is None:
+    known = token()
+    if known is None:
         raise NetworkError(
             "HF_TOKEN is not set", where=where, remedy="https://huggingface.co/settings/tokens makes one that may write"
         )
     with _client(where, AGAIN):
-        api = HfApi(token=token)
+        api = HfApi(token=known)
         new_branch = False
         try:
             info = api.model_info(repo, revision=branch)
@@ -207,6 +207,28 @@ def _same(content: Path | bytes, there: Any) -> bool:
     return bool(found == (there.lfs.sha256 if there.lfs else there.blob_id))
 
 
+def cache_folder() -> Path:
+    """Where downloads are kept: HF_HUB_CACHE, or a folder of HF_HOME."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def reach(repo: str) -> str | None:
+    """Ask the Hub for a repository; whose HF_TOKEN is, None where it is not set.
+
+    Raises:
+        NetworkError: it cannot be reached, or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    known = token()
+    with _client(repo, ""):
+        api = HfApi(token=known or False)
+        api.model_info(repo)
+        return str(api.whoami()["name"]) if known else None
+
+
 # ---- the client
 
 
@@ -214,12 +236,16 @@ class _OutOfReachError(NetworkError):
     """No answer, or none that says anything about what was asked."""
 
 
-def _token() -> str | None:
-    """Raises NetworkError where HF_TOKEN cannot be one: the value itself is never shown."""
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if not re.fullmatch(r"[!-~]*", token):
+def token() -> str | None:
+    """HF_TOKEN, None where it is not set.
+
+    Raises:
+        NetworkError: it cannot be one. It is not shown.
+    """
+    found = os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", found):
         raise NetworkError("not a token: it has spaces or letters that no token has", where="HF_TOKEN")
-    return token or None
+    return found or None
 
 
 @contextmanager

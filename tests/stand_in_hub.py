@@ -243,6 +243,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.body()
         self.answer(200, {"errors": [], "warnings": []})
 
+    def whoami(self):
+        if self.user is None:
+            return self.refuse(401, message="no token")
+        return self.answer(200, {"type": "user", "name": self.user})
+
     def commit(self, repo, branch):
         lines = [json.loads(line) for line in self.body().splitlines()]
         data = self.repository(repo, write=True)
@@ -301,6 +306,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 NAMED = r"(?P<repo>[\w.-]+/[\w.-]+)"
 ROUTES = [
+    (r"GET /api/whoami-v2", _Handler.whoami),
     (r"POST /api/repos/create", _Handler.create),
     (r"POST /api/validate-yaml", _Handler.validate),
     (rf"GET /api/models/{NAMED}", _Handler.info),

@@ -28,6 +28,7 @@ LEVELS = {
     "runtime": 4,
     "random_model": 4,
     "publish": 5,
+    "doctor": 5,
     "cli": 6,
 }
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cosyq import __version__
-from cosyq.cli import checkpoint, convert, inspect, pull, push, quantize, recipes, synth, verify, voice
+from cosyq.cli import checkpoint, convert, doctor, inspect, pull, push, quantize, recipes, synth, verify, voice
 from cosyq.cli.console import expect
 from cosyq.errors import ReaderGoneError
 
@@ -21,7 +21,6 @@ app = typer.Typer(
     name="cosyq",
     help="Quantize Fun-CosyVoice3 once, keep a small packed artifact, speak from it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -32,6 +31,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("doctor")(doctor.doctor)
 app.add_typer(voice.app, name="voice")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")
