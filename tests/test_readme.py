@@ -108,21 +108,21 @@ def test_from_a_phone_recording_to_a_voice(demo):
 
 
 def test_to_and_from_the_hub(demo, hub, tmp_path):
-    """As written but for the owner's name."""
-    (block,) = [b for b in blocks("sh") if "cosyq push artifacts" in b]
+    """As written but for the placeholders."""
+    (block,) = [b for b in blocks("sh") if "cosyq push ARTIFACT" in b and "hf://" in b]
     environment = {
         "HF_ENDPOINT": hub.address,
         "HF_HOME": str(tmp_path),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
     }
-    dry, push, synth, pull = (line.partition("#")[0].replace("ME/", "me/") for line in block.splitlines())
+    written = block.replace("ARTIFACT", "artifacts/cosyq-mini").replace("ME/", "me/")
+    dry, push, synth, pull = (line.partition("#")[0] for line in written.splitlines())
     shell(demo, dry, **environment)
     assert hub.repositories == {}
     done = json.loads(shell(demo, push, **environment).stdout)
-    assert (
-        done["commit_url"] == f"{hub.address}/me/cosyq-mini/commit/{hub.repositories['me/cosyq-mini'].branches['main']}"
-    )
+    ((repo, repository),) = hub.repositories.items()
+    assert done["commit_url"] == f"{hub.address}/{repo}/commit/{repository.branches['main']}"
     assert f"@{done['commit']}" in shell(demo, synth, **environment).stderr
     shell(demo, pull, **environment)
     assert (demo / "artifacts" / "pulled" / "README.md").is_file()

@@ -46,7 +46,7 @@ def model_card(manifest: Manifest, repo: str, reports: Mapping[str, Report]) -> 
         *(_measured(TITLES[name], reports.get(name)) for name in REPORT_FILES),
         _limits(origin),
         CONSENT,
-        _provenance(manifest, repo),
+        _provenance(manifest, origin, repo),
         _licence(origin),
     ]
     return _front_matter(manifest, origin) + "\n\n".join(sections) + "\n"
@@ -131,9 +131,10 @@ def _limits(origin: Origin | None) -> str:
     )
 
 
-def _provenance(manifest: Manifest, repo: str) -> str:
+def _provenance(manifest: Manifest, origin: Origin | None, repo: str) -> str:
     source = manifest.source
-    origin = f"{source.repo} at revision `{source.revision}`" if source.repo else "a checkpoint without a repository"
+    local = origin.title if origin else "a checkpoint without a repository"
+    place = f"{source.repo} at revision `{source.revision}`" if source.repo else local
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items()))
     files = [(name, f"{record.bytes:,}", f"`{record.sha256}`") for name, record in sorted(manifest.files.items())]
     sources = [(name, f"`{sha256}`") for name, sha256 in sorted(source.files.items())]
@@ -142,9 +143,9 @@ def _provenance(manifest: Manifest, repo: str) -> str:
     return "\n\n".join(
         [
             "## Where it came from",
-            f"Made from {_cell(origin)}, with {_cell(versions)}, on {_cell(manifest.device)}.",
+            f"Made from {_cell(place)}, with {_cell(versions)}, on {_cell(manifest.device)}.",
             _table(("source file", "sha256"), sources),
-            f"The recipe as resolved (sha256 of the whole: `{manifest.recipe_sha256}`):",
+            f"The recipe as resolved (its sha256, with the voices it may have had: `{manifest.recipe_sha256}`):",
             f"{fence}json\n{recipe}\n{fence}",
             "## Hashes",
             f"`cosyq verify hf://{repo}` compares every file with them; the manifest's own digest is "
