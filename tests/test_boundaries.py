@@ -29,6 +29,7 @@ LEVELS = {
     "random_model": 4,
     "publish": 5,
     "doctor": 5,
+    "server": 5,
     "cli": 6,
 }
 
@@ -94,7 +95,7 @@ def reachable(start):
 
 def test_speaking_cannot_quantize_again():
     """The run side reaches nothing that reads recipes or checkpoints or packs weights."""
-    for start in ("runtime.synthesizer", "runtime.engine"):
+    for start in ("runtime.synthesizer", "runtime.engine", "server.single"):
         reached = reachable(start)
         assert "quantize.linear" in reached
         for forbidden in ("checkpoint", "recipe", "build", "quantize.pack", "quantize.plan", "hub"):
@@ -108,7 +109,11 @@ def test_speaking_cannot_quantize_again():
         ("huggingface_hub", {"hub"}),
         ("urllib", {"hub"}),
         ("yaml", {"recipe", "checkpoint.hyperyaml"}),
-        ("pydantic", {"recipe", "cli.batch"}),
+        ("pydantic", {"recipe", "cli.batch", "server.schemas"}),
+        ("fastapi", {"server.app"}),
+        ("uvicorn", {"server.run"}),
+        ("av", {"server.encoders"}),
+        ("prometheus_client", {"server.metrics"}),
         ("typer", {name for name, _ in modules() if name.startswith("cli.")} - {"cli.batch", "cli.reading"}),
         ("onnxruntime", {"voices.enrol"}),
         ("soxr", {"audio.recording"}),
@@ -128,6 +133,13 @@ def test_a_library_has_one_home(library, home):
 def test_the_text_package_needs_no_torch():
     code = "import sys, cosyq.text.tokenizer, cosyq.text.prompt; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_server_knows_its_speaker_by_its_interface_alone():
+    """What answers over HTTP loads no torch and reaches no engine: the one that speaks can be another."""
+    code = "import sys, cosyq.server.run; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not {r for r in reachable("server.run") if r == "server.single" or r.startswith(("runtime", "artifact"))}
 
 
 def test_only_the_command_line_prints():

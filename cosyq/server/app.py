@@ -1,0 +1,216 @@
+"""The HTTP interface: OpenAI's speech endpoint, what there is to choose from, and how the server is."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from cosyq import __version__
+from cosyq.errors import CosyqError
+from cosyq.server.delivery import ClientGoneError, Delivery
+from cosyq.server.encoders import WIRES, make_encoder
+from cosyq.server.failures import INVALID, SERVER, Failure, RefusedError, failure_of, refused
+from cosyq.server.gate import FIELDS, Gate
+from cosyq.server.logs import log
+from cosyq.server.schemas import MODEL_ALIASES, ErrorBody, SpeechBody
+from cosyq.server.service import Loader, Service
+from cosyq.server.speaker import FASTEST, SLOWEST, Speech, SpeechRequest
+from cosyq.text.prompt import END_OF_PROMPT, speakable
+
+CLIENT_GONE = 499  # nginx's; nobody sees it but the log
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+}
+NORMALIZED = ("en", "zh")  # languages whose numbers are read
+
+
+def make_app(service: Service, loader: Loader) -> FastAPI:
+    """The application; it loads its speaker when it starts."""
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        service.load(loader)
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="cosyq", version=__version__, lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.add_middleware(Gate, service=service)
+    _answer_failures(app)
+    _speech(app, service)
+    _lists(app, service)
+    _health(app, service)
+    return app
+
+
+def _speech(app: FastAPI, service: Service) -> None:
+    audio = {wire.media_type: {"schema": {"type": "string", "format": "binary"}} for wire in WIRES.values()}
+    content = {**audio, "text/event-stream": {}}
+    success: dict[int | str, dict[str, Any]] = {200: {"description": "Audio as it is made.", "content": content}}
+
+    @app.post("/v1/audio/speech", response_class=Response, responses={**ERRORS, **success})
+    async def speak(body: SpeechBody, request: Request) -> Response:
+        wanted, tempo = _request(body, service)
+        fields = request.scope[FIELDS]
+        fields |= {"voice": wanted.voice, "format": body.response_format, "characters": len(body.input)}
+        encoder = make_encoder(body.response_format, service.speaker.sample_rate, tempo)
+        delivery = Delivery(service, request, _submit(wanted, service), encoder)
+        service.metrics.characters.inc(len(body.input))
+        try:
+            await delivery.begin()
+        except ClientGoneError:
+            return Response(status_code=CLIENT_GONE)
+        return delivery.response(WIRES[body.response_format].media_type, events=body.stream_format == "sse")
+
+
+def _submit(wanted: SpeechRequest, service: Service) -> Speech:
+    try:
+        return service.submit(wanted)
+    except CosyqError:
+        service.metrics.requests.labels("rejected").inc()
+        raise
+
+
+def _request(body: SpeechBody, service: Service) -> tuple[SpeechRequest, float]:
+    """What is asked of the speaker, and how its audio is stretched behind it.
+
+    Raises:
+        RefusedError: a field cannot be used.
+        UnavailableError: there is no speaker yet.
+    """
+    name, most = service.speaker.about()["artifact"], service.settings.max_characters
+    if body.model not in (name, *MODEL_ALIASES):
+        known = ", ".join((name, *MODEL_ALIASES))
+        raise refused(
+            404, f"there is no model {body.model!r}; there are: {known}", param="model", code="model_not_found"
+        )
+    if len(body.input) > most:
+        message = f"{len(body.input)} characters are more than {most}"
+        raise refused(400, message, param="input", code="string_above_max_length")
+    voice = service.find_voice(body.voice_name)
+    if voice is None:
+        known = ", ".join(service.speaker.voices())
+        message = f"there is no voice {body.voice_name!r}; there are: {known}"
+        raise refused(400, message, param="voice", code="voice_not_found")
+    try:
+        speakable(body.input)
+    except CosyqError as error:
+        raise RefusedError(failure_of(error, param="input")) from None
+    if body.instructions:
+        _check_instructions(body)
+    # A language whose numbers nobody here can read is better spoken as it stands than read as English.
+    known_language = body.language is None or body.language.partition("-")[0].lower() in NORMALIZED
+    speed = min(max(body.speed, SLOWEST), FASTEST)
+    wanted = SpeechRequest(
+        text=body.input,
+        voice=voice,
+        seed=secrets.randbelow(1 << 31) if body.seed is None else body.seed,
+        speed=speed,
+        instruct=body.instructions or None,
+        normalize=body.normalize and known_language,
+    )
+    return wanted, body.speed / speed
+
+
+def _check_instructions(body: SpeechBody) -> None:
+    try:
+        speakable(body.instructions)
+    except CosyqError as error:
+        raise RefusedError(failure_of(error, param="instructions")) from None
+    if END_OF_PROMPT in body.instructions or END_OF_PROMPT in body.input:
+        raise refused(
+            400, f"{END_OF_PROMPT} is placed for you: leave it out", param="instructions", code="invalid_value"
+        )
+
+
+def _lists(app: FastAPI, service: Service) -> None:
+    def names() -> tuple[str, ...]:
+        return (service.speaker.about()["artifact"], *MODEL_ALIASES)
+
+    def model(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "cosyq"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model(name) for name in names()]}
+
+    @app.get("/v1/models/{name}", responses=ERRORS)
+    async def one_model(name: str) -> dict[str, Any]:
+        if name not in names():
+            raise refused(404, f"there is no model {name!r}", param="model", code="model_not_found")
+        return model(name)
+
+    @app.get("/v1/audio/models")
+    async def audio_models() -> dict[str, Any]:
+        return {"models": [{"id": name, "name": name} for name in names()]}
+
+    @app.get("/v1/audio/voices")
+    async def voices() -> dict[str, Any]:
+        found = [{"id": name, "name": name} for name in service.speaker.voices()]
+        return {"voices": found, "aliases": service.voice_aliases()}
+
+
+def _health(app: FastAPI, service: Service) -> None:
+    def phase() -> Response:
+        status = 200 if service.phase == "ready" else 503
+        return Response(f'{{"status": "{service.phase}"}}', status, media_type="application/json")
+
+    @app.get("/livez")
+    async def livez() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", response_class=Response)
+    async def readyz() -> Response:
+        return phase()
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Answers 200 in any phase: it describes; whether to send requests is /readyz's to say."""
+        stats = service.stats()
+        about = service.speaker.about() if stats else {}
+        load = {"waiting": stats.waiting, "active": stats.active, "memory_bytes": stats.memory_bytes} if stats else {}
+        return {"status": service.phase, "version": __version__, **about, **load}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+
+def _answer_failures(app: FastAPI) -> None:
+    def answer(failure: Failure) -> Response:
+        return Response(failure.body(), failure.status, failure.headers, "application/json")
+
+    @app.exception_handler(RefusedError)
+    async def refused_one(_: Request, error: RefusedError) -> Response:
+        return answer(error.failure)
+
+    @app.exception_handler(CosyqError)
+    async def ours(_: Request, error: CosyqError) -> Response:
+        return answer(failure_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part != "body"]
+        param = place[0] if place and first["type"] != "json_invalid" else None
+        message = f"{'.'.join(place)}: {first['msg']}" if param else f"the body is no JSON object: {first['msg']}"
+        return answer(Failure(400, message, INVALID, param, first["type"]))
+
+    @app.exception_handler(HTTPException)
+    async def of_the_framework(_: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
+        headers = dict(error.headers or {})
+        return answer(Failure(error.status_code, str(error.detail), INVALID, None, code, headers))
+
+    @app.exception_handler(Exception)
+    async def bug(_: Request, error: Exception) -> Response:
+        log.error("internal error", extra={"fields": {"error": type(error).__name__}})
+        return answer(Failure(500, "internal error", SERVER, None, "internal_error"))

@@ -1,0 +1,159 @@
+"""Samples into bytes for the wire, as they come: six formats, and the speeds that an engine does not have.
+
+One encoder a response. What it has taken in and not yet given out comes with `finish`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, Protocol
+
+import av
+import numpy as np
+from av.filter import Graph
+from numpy.typing import NDArray
+
+from cosyq.audio.sinks import to_s16, wav_header
+
+Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+Samples = NDArray[np.float32]
+
+
+class Encoder(Protocol):
+    def encode(self, samples: Samples) -> bytes:
+        """The next samples, [n] float32 in -1..1 -> what can be sent by now, possibly nothing."""
+
+    def finish(self) -> bytes:
+        """What was held back, and the format's end."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A format as it is sent.
+
+    rate: of its samples; None is the speaker's own. MP3 and AAC streams cannot say how much of their start is the
+    encoder's delay, 1,105 and 1,024 samples: at 48 kHz that is 23 and 21 ms that play as silence, at 24 kHz twice that.
+    """
+
+    media_type: str
+    container: str = ""
+    codec: str = ""
+    rate: int | None = None
+    bit_rate: int | None = None
+    options: tuple[tuple[str, str], ...] = ()
+
+
+WIRES: dict[Format, Wire] = {
+    "mp3": Wire("audio/mpeg", "mp3", "libmp3lame", 48_000, 96_000, (("write_xing", "0"),)),
+    # A page every 0.2 s: the default of one second would hold back the first audio.
+    "opus": Wire("audio/ogg", "ogg", "libopus", None, 48_000, (("page_duration", "200000"),)),
+    "aac": Wire("audio/aac", "adts", "aac", 48_000, 96_000),
+    "flac": Wire("audio/flac", "flac", "flac"),
+    "wav": Wire("audio/wav"),
+    "pcm": Wire("audio/pcm"),
+}
+
+
+def make_encoder(format: Format, sample_rate: int, tempo: float = 1.0) -> Encoder:
+    """An encoder of mono samples. `tempo` stretches time behind the engine's own speed, pitch stays; 0.5 to 2."""
+    wire = WIRES[format]
+    encoder: Encoder = (
+        _Compressed(wire, sample_rate) if wire.codec else _Plain(wav_header(sample_rate) if format == "wav" else b"")
+    )
+    return encoder if tempo == 1.0 else _Stretched(encoder, sample_rate, tempo)
+
+
+class _Plain:
+    """s16le, after a header or none."""
+
+    def __init__(self, header: bytes):
+        self._header = header
+
+    def encode(self, samples: Samples) -> bytes:
+        header, self._header = self._header, b""
+        return header + to_s16(samples)
+
+    def finish(self) -> bytes:
+        return self._header
+
+
+class _Pipe:
+    """What PyAV writes to. It has no `seek`, so that muxers write what a stream can have."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def write(self, data: bytes) -> int:
+        self._data += data
+        return len(data)
+
+    def take(self) -> bytes:
+        data = bytes(self._data)
+        self._data.clear()
+        return data
+
+
+class _Compressed:
+    def __init__(self, wire: Wire, sample_rate: int):
+        self._pipe, self._rate, self._position = _Pipe(), sample_rate, 0
+        options = {"flush_packets": "1", **dict(wire.options)}
+        self._container: Any = av.open(self._pipe, "w", format=wire.container, options=options)
+        stream: Any = self._container.add_stream(wire.codec, rate=wire.rate or sample_rate, layout="mono")
+        if wire.bit_rate:
+            stream.bit_rate = wire.bit_rate
+        self._stream = stream
+
+    def encode(self, samples: Samples) -> bytes:
+        if len(samples):
+            data = np.frombuffer(to_s16(samples), "<i2")
+            self._mux(_frame(data, "s16", self._rate, self._position))
+            self._position += len(samples)
+        return self._pipe.take()
+
+    def finish(self) -> bytes:
+        self._mux(None)
+        self._container.close()
+        return self._pipe.take()
+
+    def _mux(self, frame: av.AudioFrame | None) -> None:
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+
+
+class _Stretched:
+    """ffmpeg's atempo before an encoder."""
+
+    def __init__(self, encoder: Encoder, sample_rate: int, tempo: float):
+        self._encoder, self._rate, self._position = encoder, sample_rate, 0
+        graph = Graph()
+        source = graph.add_abuffer(
+            sample_rate=sample_rate, format="flt", layout="mono", time_base=Fraction(1, sample_rate)
+        )
+        graph.link_nodes(source, graph.add("atempo", str(tempo)), graph.add("abuffersink")).configure()
+        self._graph = graph
+
+    def encode(self, samples: Samples) -> bytes:
+        if len(samples):
+            self._graph.push(_frame(samples, "flt", self._rate, self._position))
+            self._position += len(samples)
+        return self._pull()
+
+    def finish(self) -> bytes:
+        self._graph.push(None)
+        return self._pull() + self._encoder.finish()
+
+    def _pull(self) -> bytes:
+        data = b""
+        while True:
+            try:
+                frame: Any = self._graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return data
+            data += self._encoder.encode(frame.to_ndarray()[0])
+
+
+def _frame(data: NDArray[Any], format: str, rate: int, position: int) -> av.AudioFrame:
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(data)[None], format=format, layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = rate, position, Fraction(1, rate)
+    return frame

@@ -1,0 +1,122 @@
+"""What every request passes first: an id, a key, a limit on its body; and the line that is logged of it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from cosyq.server.failures import INVALID, Failure
+from cosyq.server.logs import event
+from cosyq.server.service import Service
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+FIELDS = "cosyq.fields"  # in the scope: what an endpoint wants to have logged
+LISTS = ("/v1/models", "/v1/audio/models", "/v1/audio/voices")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class BrokenStreamError(Exception):
+    """A response cannot be finished. Left open, it ends in a closed connection, which no client takes for an end."""
+
+
+class Gate:
+    """ASGI middleware."""
+
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], service: Service):
+        self._app, self._service = app, service
+        self._keys = [_digest(key.encode()) for key in service.settings.keys]
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        fields: dict[str, Any] = {}
+        scope[FIELDS] = fields
+        started, status = time.monotonic(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        counted = scope["path"].startswith("/v1/")
+        self._service.responses += counted
+        try:
+            if (failure := self._refuse(scope, headers)) is not None:
+                await send_failure(failure, sending)
+            else:
+                await self._app(scope, self._limited(receive), sending)
+        except BrokenStreamError:
+            fields["broken"] = True
+        finally:
+            self._service.responses -= counted
+            if counted:
+                seconds = round(time.monotonic() - started, 4)
+                about = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
+                event("request", request_id=request_id, **about, **fields)
+
+    def _refuse(self, scope: Message, headers: dict[bytes, str]) -> Failure | None:
+        path = scope["path"]
+        listed = self._service.settings.public_lists and scope["method"] == "GET" and path in LISTS
+        if path.startswith("/v1/") and not listed and not self._knows(headers.get(b"authorization", "")):
+            message = "the API key is missing or wrong: send `Authorization: Bearer KEY`"
+            headers_back = {"www-authenticate": "Bearer"}
+            return Failure(401, message, "authentication_error", None, "invalid_api_key", headers_back)
+        length = headers.get(b"content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > self._service.settings.max_body:
+            return self._too_large()
+        return None
+
+    def _knows(self, authorization: str) -> bool:
+        """Every key is compared, each in constant time."""
+        if not self._keys:
+            return True
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip().encode("latin-1", "replace"))
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        return scheme.lower() == "bearer" and any(matches)
+
+    def _limited(self, receive: Receive) -> Receive:
+        """A body without a length is counted as it comes."""
+        total = 0
+
+        async def receiving() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._service.settings.max_body:
+                raise HTTPException(413, self._too_large().message)
+            return message
+
+        return receiving
+
+    def _too_large(self) -> Failure:
+        message = f"the body is larger than {self._service.settings.max_body} bytes"
+        return Failure(413, message, INVALID, None, "body_too_large")
+
+
+async def send_failure(failure: Failure, send: Send) -> None:
+    body = failure.body()
+    about = {"content-type": "application/json", "content-length": str(len(body)), **failure.headers}
+    headers = [(name.encode(), value.encode()) for name, value in about.items()]
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

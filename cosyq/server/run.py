@@ -1,0 +1,84 @@
+"""The process: a socket, uvicorn, and a stop that lets what is spoken finish."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+
+from cosyq.errors import UsageError
+from cosyq.server.app import make_app
+from cosyq.server.logs import event
+from cosyq.server.service import Loader, Service
+from cosyq.server.settings import Settings
+
+LAST_SECONDS = 1  # for responses that the hard deadline cut
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """Keeps answering probes while it drains, and stops when the last response is out or the time is over."""
+
+    def __init__(self, service: Service, loader: Loader):
+        self.service = service
+        self._stop_at: float | None = None
+        config = uvicorn.Config(
+            make_app(service, loader),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=LAST_SECONDS,
+            ws="none",
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first signal drains, a second one stops at once. Neither is raised again: a drained stop is a success."""
+        self.stop(0.0 if self._stop_at is not None else self.service.settings.drain_seconds)
+
+    def stop(self, seconds: float) -> None:
+        """Take nothing more, and be gone after `seconds` at the latest."""
+        self._stop_at = time.monotonic() + seconds
+        self.service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.service.phase == "dead":
+            return True
+        if self._stop_at is not None:
+            late = time.monotonic() >= self._stop_at
+            if late and self.service.responses:
+                event("cutting", responses=self.service.responses)
+                self.service.cut("the server is stopping")
+            if late or not self.service.responses:
+                return True
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        UsageError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"cannot listen there ({reason})", where=f"{host}:{port}", remedy="use another --port"
+        ) from None
+
+
+def serve(settings: Settings, listening: socket.socket, loader: Loader) -> None:
+    """Serve until a signal says stop.
+
+    Raises:
+        CosyqError: the speaker could not be loaded, or its device has failed.
+    """
+    service = Service(settings)
+    Server(service, loader).run(sockets=[listening])
+    if service.error is not None:
+        raise service.error
