@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cosyq import __version__
-from cosyq.cli import checkpoint, convert, doctor, inspect, pull, push, quantize, recipes, synth, verify, voice
+from cosyq.cli import checkpoint, convert, doctor, inspect, pull, push, quantize, recipes, serve, synth, verify, voice
 from cosyq.cli.console import expect
 from cosyq.errors import ReaderGoneError
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.quantize)
 app.command("synth")(synth.synth)
+app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)

@@ -1,0 +1,134 @@
+"""cosyq serve: speech over HTTP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cosyq.cli.console import DEFAULT_FOLDER, ArtifactOption, choose_artifact, note
+from cosyq.errors import ArtifactError, CosyqError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cosyq.artifact.reader import Artifact
+    from cosyq.server.speaker import Speaker
+
+PACKAGES = ("fastapi", "starlette", "uvicorn", "av", "prometheus_client", "python_multipart")
+ELSEWHERE = ("COSYQ_ARTIFACT", "COSYQ_DEBUG")  # variables that are read without an option of ours
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    context: typer.Context,
+    artifact: ArtifactOption = None,
+    host: Annotated[str, typer.Option(envvar="COSYQ_HOST", help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="COSYQ_PORT", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="COSYQ_API_KEY", help="Whoever has it may speak; give it again for more keys."),
+    ] = None,
+    public_lists: Annotated[
+        bool, typer.Option(envvar="COSYQ_PUBLIC_LISTS", help="List models and voices without a key.")
+    ] = True,
+    max_characters: Annotated[int, typer.Option(envvar="COSYQ_MAX_CHARACTERS", min=1, help="Of an input.")] = 4096,
+    queue: Annotated[int, typer.Option(envvar="COSYQ_QUEUE", min=1, help="Requests that may wait.")] = 32,
+    wait: Annotated[float, typer.Option(envvar="COSYQ_WAIT", min=0.1, help="Seconds that one waits.")] = 20.0,
+    deadline: Annotated[float, typer.Option(envvar="COSYQ_DEADLINE", min=1, help="Seconds for a request.")] = 300.0,
+    drain: Annotated[float, typer.Option(envvar="COSYQ_DRAIN", min=0, help="Seconds to finish after SIGTERM.")] = 30.0,
+    engine: Annotated[
+        Literal["auto", "reference", "unpacked", "bnb"], typer.Option(envvar="COSYQ_ENGINE", help="What multiplies.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(envvar="COSYQ_DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(envvar="COSYQ_DTYPE", help="Of matrix products.")
+    ] = "auto",
+) -> None:
+    """Serve speech over HTTP as OpenAI's clients ask for it. Every option is also a variable, COSYQ_PORT and so on."""
+    for name in unknown_variables(os.environ, context):
+        note(f"warning: {name} means nothing here")
+    if host not in LOCAL and not api_key:
+        note(f"warning: whoever reaches {host}:{port} can speak without a key; set COSYQ_API_KEY")
+    try:
+        from cosyq.server import logs
+        from cosyq.server.run import listen, serve
+        from cosyq.server.settings import Settings
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        remedy = "install them with `pip install 'cosyq[serve]'`"
+        raise UsageError(f"the server's packages are not here ({error.name})", where="serve", remedy=remedy) from None
+
+    from cosyq.artifact.reader import open_artifact
+
+    opened = open_artifact(_folder(artifact))
+    settings = Settings(
+        keys=tuple(api_key or ()),
+        public_lists=public_lists,
+        max_characters=max_characters,
+        longest_queue=queue,
+        wait_seconds=wait,
+        deadline_seconds=deadline,
+        drain_seconds=drain,
+    )
+    listening = listen(host, port)
+    logs.to_stderr()
+    address, number = listening.getsockname()[:2]
+    logs.event("listening", host=address, port=number, artifact=str(opened.folder), keys=len(settings.keys))
+    serve(settings, listening, _loader(opened, queue, engine, device, dtype))
+
+
+def unknown_variables(environment: Iterable[str], context: typer.Context) -> list[str]:
+    """COSYQ_ variables that are nothing to this command, as a mistyped one would be."""
+    known = {str(p.envvar) for p in context.command.params if getattr(p, "envvar", None)} | set(ELSEWHERE)
+    return sorted(name for name in environment if name.startswith("COSYQ_") and name not in known)
+
+
+def _loader(
+    opened: Artifact, queue: int, engine: Any, device: str, dtype: str
+) -> Callable[[Callable[[CosyqError], None]], Speaker]:
+    def load(on_fatal: Callable[[CosyqError], None]) -> Speaker:
+        from cosyq.runtime.synthesizer import load
+        from cosyq.server.single import SingleSpeaker
+
+        return SingleSpeaker(
+            load(opened, device=device, dtype=dtype, engine=engine), longest_queue=queue, on_fatal=on_fatal
+        )
+
+    return load
+
+
+def _folder(given: Path | None) -> Path:
+    """The artifact to serve; where none is named, QUANTIZATION_ENABLED and QUANTIZATION_BITS choose among them."""
+    from cosyq.server.settings import quantization
+
+    try:
+        formats = quantization(dict(os.environ))
+    except ValueError as error:
+        remedy = "QUANTIZATION_ENABLED is true or false, QUANTIZATION_BITS 8 or 4"
+        raise UsageError("not understood", where=str(error), remedy=remedy) from None
+    if formats is None or given is not None or os.environ.get("COSYQ_ARTIFACT"):
+        return choose_artifact(given)
+    found = [path for path in DEFAULT_FOLDER.glob("*/manifest.json") if _weights(path) in formats]
+    if not found:
+        wanted = " or ".join(sorted(formats))
+        raise ArtifactError(
+            f"no artifact with {wanted} there", where=DEFAULT_FOLDER, remedy="`cosyq quantize` makes one"
+        )
+    folder = max(found, key=lambda path: path.stat().st_mtime).parent
+    note(f"using {folder}")
+    return folder
+
+
+def _weights(manifest: Path) -> str:
+    """How the language model's weights are stored; nothing where that cannot be read."""
+    from cosyq.artifact.manifest import Manifest
+
+    try:
+        return str(Manifest.from_json(manifest.read_text("utf-8")).recipe["stages"]["llm"]["weights"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
