@@ -34,7 +34,10 @@ class Metrics:
             "cosyq_real_time_factor", "Seconds of work a second of audio", registry=registry, buckets=FACTORS
         )
         self.cancel = Histogram(
-            "cosyq_cancel_seconds", "A client's leaving to the end of its work", registry=registry, buckets=CANCELS
+            "cosyq_cancel_seconds",
+            "Cancelling to the end of the work",
+            registry=registry,
+            buckets=CANCELS,
         )
         for name, text, read in (
             ("cosyq_queue_depth", "Requests that wait", lambda s: s.waiting),
@@ -46,7 +49,7 @@ class Metrics:
 
     def released(self, speech: Speech) -> None:
         """An engine has let go of a request."""
-        if 0 < speech.cancelled_at <= speech.released_at and speech.began:
+        if speech.began and 0 < speech.cancelled_at < speech.ended:
             self.cancel.observe(speech.released_at - speech.cancelled_at)
 
     def text(self) -> bytes:

@@ -82,7 +82,8 @@ class SingleSpeaker:
         self._changed = threading.Condition()
         self._seconds = 1.0  # of a request, a running mean
         self.sample_rate = self._tts.sample_rate
-        self._tts.synthesize(WARM_UP, seed=0)
+        for _ in self._tts.stream(WARM_UP, seed=0):
+            pass
         self._thread = threading.Thread(target=self._run, name="speaker", daemon=True)
         self._thread.start()
 

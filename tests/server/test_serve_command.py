@@ -1,0 +1,270 @@
+"""`cosyq serve` as a process, speaking with cosyq-mini to OpenAI's own client."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import torch
+from serving import BODY, decoded, seconds_of, wait_for
+
+import cosyq
+from cosyq import build
+from cosyq.audio.sinks import to_s16
+from cosyq.cli.main import run
+from cosyq.cli.serve import _folder
+from cosyq.recipe import find_recipe, load_recipe
+from cosyq.server.encoders import WIRES
+
+TEXT = "Hello there."
+LONG = "My grandmother used to bake bread every Saturday. Thank you very much. " * 2
+COSYQ = [sys.executable, "-m", "cosyq"]
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory):
+    path, output = find_recipe("mini"), tmp_path_factory.mktemp("serve") / "mini"
+    prepared = build.prepare(load_recipe(path), path.read_text("utf-8"))
+    build.run(prepared, output, torch.device("cpu"), force=False, progress=lambda *_: None)
+    return output
+
+
+class Process:
+    """A server of its own."""
+
+    def __init__(self, artifact, folder, *arguments, **environment):
+        self.log = Path(folder) / "log"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("COSYQ_", "QUANTIZATION_"))}
+        with self.log.open("wb") as log:
+            command = [*COSYQ, "serve", "-a", str(artifact), "--port", "0", "--device", "cpu", *arguments]
+            # As many threads as the tests' own, so that sums have one order; none of them spins beside others.
+            threads = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+            self.process = subprocess.Popen(command, stderr=log, env=clean | threads | environment)
+        self.port = wait_for(lambda: self.logged("listening"))["port"]
+        wait_for(lambda: self.logged("ready"), 60)
+
+    def logged(self, message):
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return next((line for line in lines if line["message"] == message), None)
+
+    def client(self, key="any"):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def open(self, body):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/v1/audio/speech", json.dumps(body), {"content-type": "application/json"})
+        return connection
+
+    def get(self, path):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def server(mini, tmp_path_factory):
+    process = Process(mini, tmp_path_factory.mktemp("served"))
+    yield process
+    assert process.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def spoken(mini):
+    """The same text by the library, one seed: [n] samples as a stream makes them."""
+    tts = cosyq.load(mini, device="cpu")
+    return np.concatenate([audio.samples for audio in tts.stream(TEXT, voice="default", seed=7)])
+
+
+def ask(format, **more):
+    return {
+        "model": "tts-1",
+        "voice": "alloy",
+        "input": TEXT,
+        "response_format": format,
+        "extra_body": {"seed": 7},
+    } | more
+
+
+@pytest.mark.parametrize("format", list(WIRES))
+def test_openais_client_hears_what_the_library_says(server, spoken, format):
+    data = server.client().audio.speech.create(**ask(format)).content
+    assert seconds_of(data, format) == pytest.approx(len(spoken) / 24_000, abs=0.05)
+    if format == "pcm":
+        assert data == to_s16(spoken)
+
+
+@pytest.mark.parametrize("speed", [0.25, 4.0])
+def test_openais_client_hears_it_at_any_speed(server, spoken, speed):
+    data = server.client().audio.speech.create(**ask("pcm", speed=speed)).content
+    assert seconds_of(data, "pcm") == pytest.approx(len(spoken) / 24_000 / speed, abs=0.05)
+
+
+def test_openais_client_hears_it_as_it_is_made(server):
+    with server.client().audio.speech.with_streaming_response.create(**ask("mp3", input=LONG)) as response:
+        started = time.monotonic()
+        arrived = [(time.monotonic() - started, data) for data in response.iter_bytes()]
+    assert seconds_of(b"".join(data for _, data in arrived), "mp3") > 4
+    assert arrived[0][0] < 0.4 * arrived[-1][0]
+
+
+def test_openais_client_gets_its_own_errors(server):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        server.client().audio.speech.create(**ask("mp3", voice="nobody"))
+    assert (refusal.value.param, refusal.value.code) == ("voice", "voice_not_found")
+    with pytest.raises(openai.NotFoundError):
+        server.client().audio.speech.create(**ask("mp3", model="tts-9"))
+
+
+def test_another_voice_is_another(server, spoken):
+    data = server.client().audio.speech.create(**ask("pcm", voice="magnus")).content
+    assert data != to_s16(spoken)
+    voices = json.loads(server.get("/v1/audio/voices")[1])
+    assert [voice["id"] for voice in voices["voices"]] == ["default", "iris", "magnus", "nora", "pip"]
+    assert voices["aliases"]["alloy"] == "default"
+
+
+def test_health_is_of_the_artifact(server):
+    health = json.loads(server.get("/health")[1])
+    assert health["artifact"] == "cosyq-mini"
+    assert health["quantization"] == {"llm": "int8", "flow": "int8", "vocoder": "fp32"}
+
+
+def test_a_client_that_leaves_frees_the_model_at_its_next_step(server):
+    """Measured by the server itself, from the closed connection to the model's rest."""
+    connection = server.open(BODY | {"input": LONG})
+    assert connection.getresponse().read1(100)
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+    wait_for(lambda: metric(server, "cosyq_cancel_seconds_count") == 1)
+    assert metric(server, "cosyq_active_requests") == 0
+    # One render of the flow on a CPU may be under way, which nothing interrupts; a GPU's takes milliseconds.
+    assert metric(server, "cosyq_cancel_seconds_sum") < 1.0
+    assert metric(server, 'cosyq_requests_total{outcome="cancelled"}') == 1
+
+
+def metric(server, name):
+    lines = server.get("/metrics")[1].splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+def test_a_signal_lets_the_stream_finish(mini, tmp_path):
+    server = Process(mini, tmp_path, "--drain", "60")
+    response = server.open(BODY | {"input": LONG, "response_format": "flac", "seed": 7}).getresponse()
+    early = response.read1(1000)
+    server.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: server.logged("draining"))
+    assert server.get("/readyz") == (503, '{"status": "draining"}')
+    assert len(decoded(early + response.read(), "flac")[0]) > 4 * 24_000
+    assert server.process.wait(10) == 0
+
+
+def test_the_environment_is_heard_and_what_it_does_not_mean_is_named(mini, tmp_path):
+    variables = {"COSYQ_API_KEY": "one two", "COSYQ_PROT": "1", "COSYQ_DRAIN": "0.2", "COSYQ_MAX_CHARACTERS": "1000"}
+    server = Process(mini, tmp_path, "--host", "0.0.0.0", COSYQ_ARTIFACT="nowhere", **variables)
+    with pytest.raises(openai.BadRequestError, match="1001 characters are more than 1000"):
+        server.client("one").audio.speech.create(**ask("pcm", input="a" * 1001))
+    with pytest.raises(openai.AuthenticationError):
+        server.client("three").audio.speech.create(**ask("pcm"))
+    log = server.log.read_text()
+    assert "warning: COSYQ_PROT means nothing here" in log
+    assert "COSYQ_ARTIFACT means" not in log
+    assert "without a key" not in log
+    # And the time that a stop leaves to a stream is as it says.
+    speak = server.client("two").audio.speech.with_streaming_response.create
+    with speak(**ask("pcm", input=LONG * 5)) as response:
+        parts = response.iter_bytes()
+        assert next(parts)
+        started = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(Exception, match="incomplete chunked read"):
+            list(parts)
+    assert server.process.wait(10) == 0
+    assert time.monotonic() - started < 5
+
+
+# ---- what ends before it begins
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    for name in [n for n in os.environ if n.startswith(("COSYQ_", "QUANTIZATION_"))]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments):
+        return run(["serve", *map(str, arguments)]), capsys.readouterr().err
+
+    return call
+
+
+def test_what_is_wrong_is_said_in_one_line(cli, mini, tmp_path, server, monkeypatch):
+    code, err = cli("-a", tmp_path / "nothing")
+    assert code == 3
+    assert "no such artifact" in err
+    code, err = cli("-a", mini, "--port", server.port)
+    assert code == 2
+    assert re.search(r"error: 127\.0\.0\.1:\d+: cannot listen there \(Address already in use\)", err)
+    code, err = cli("-a", mini, "--host", "no.such.host.invalid")
+    assert code == 2
+    assert "cannot listen there" in err
+    assert "warning: whoever reaches no.such.host.invalid:8000 can speak without a key" in err
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in [n for n in sys.modules if n.startswith("cosyq.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    code, err = cli("-a", mini)
+    assert code == 2
+    assert "fastapi" in err
+    assert "pip install 'cosyq[serve]'" in err
+
+
+def test_a_device_that_is_not_there_ends_it(mini, tmp_path):
+    command = [*COSYQ, "serve", "-a", str(mini), "--port", "0", "--device", "cuda:99"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4
+    assert done.stderr.splitlines()[-1].startswith("error: cuda:99: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_quantization_variables_choose_among_the_artifacts(artifact_of, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    for age, recipe in enumerate(("nf4", "int8", "bf16")):
+        folder = tmp_path / "artifacts" / recipe
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_bytes((artifact_of(recipe) / "manifest.json").read_bytes())
+        os.utime(folder / "manifest.json", (age, age))
+    wanted = {
+        ("", ""): "bf16",  # the newest
+        ("true", "8"): "int8",
+        ("true", "4"): "nf4",
+        ("", "4"): "nf4",
+        ("true", ""): "int8",
+        ("false", "4"): "bf16",
+    }
+    for (enabled, bits), name in wanted.items():
+        monkeypatch.setenv("QUANTIZATION_ENABLED", enabled)
+        monkeypatch.setenv("QUANTIZATION_BITS", bits)
+        assert _folder(None).name == name
+    assert _folder(Path("mine")) == Path("mine")
+    monkeypatch.setenv("QUANTIZATION_BITS", "3")
+    monkeypatch.setenv("QUANTIZATION_ENABLED", "1")
+    code, err = cli()
+    assert code == 2
+    assert "QUANTIZATION_BITS: not understood" in err
+    monkeypatch.setenv("QUANTIZATION_BITS", "8")
+    (tmp_path / "artifacts" / "int8" / "manifest.json").write_text("{}")
+    code, err = cli()
+    assert code == 3
+    assert "no artifact with int8 there" in err

@@ -1,0 +1,192 @@
+"""Who may ask, how the server is, and how it ends."""
+
+import http.client
+import json
+import logging
+import threading
+
+import pytest
+from serving import BODY, Scripted, decoded, running, says, scripted, tone, until_cancelled, wait_for
+
+from cosyq.errors import ArtifactError, DeviceError
+from cosyq.server.logs import JsonFormatter
+
+KEYS = ("first-key", "schlüssel")
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+# ---- keys
+
+
+def test_every_key_opens_and_nothing_else_does():
+    with scripted(says(tone(0.5)), keys=KEYS) as (server, speaker):
+        for key in ("first-key", "schlüssel".encode().decode("latin-1")):
+            assert server.request("POST", "/v1/audio/speech", BODY, **bearer(key)).status == 200
+        for headers in ({}, bearer("other"), bearer(""), bearer("first-key2"), {"authorization": "Basic first-key"}):
+            answer = server.request("POST", "/v1/audio/speech", BODY, **headers)
+            assert answer.status == 401
+            assert answer.error["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert len(speaker.requests) == 2
+        assert server.request("GET", "/v1/models/tts-1").status == 401
+        assert server.request("GET", "/v1/nothing").status == 401
+        for path in ("/v1/models", "/v1/audio/models", "/v1/audio/voices", "/livez", "/readyz", "/health", "/metrics"):
+            assert server.request("GET", path).status == 200
+
+
+def test_lists_can_be_kept_private():
+    with scripted(says(tone(0.5)), keys=KEYS, public_lists=False) as (server, _):
+        for path in ("/v1/models", "/v1/audio/models", "/v1/audio/voices"):
+            assert server.request("GET", path).status == 401
+            assert server.request("GET", path, **bearer("first-key")).status == 200
+
+
+# ---- what is said of it
+
+
+def test_a_request_has_an_id():
+    with scripted(says(tone(0.5))) as (server, _):
+        assert server.request("GET", "/livez", x_request_id="my-id.1").headers["x-request-id"] == "my-id.1"
+        forged = server.request("GET", "/livez", x_request_id="a b\tc").headers["x-request-id"]
+        assert forged != server.request("GET", "/livez").headers["x-request-id"]
+        assert len(forged) == 32
+        assert server.speak(voice="nobody").headers["x-request-id"]
+
+
+def test_what_is_logged_is_json_without_the_text(caplog):
+    secret = "My password is hunter2."
+    with caplog.at_level(logging.INFO), scripted(says(tone(0.5)), keys=KEYS) as (server, _):
+        for body in (BODY, BODY | {"voice": "hunter2"}, BODY | {"speed": 9}, BODY | {"instructions": "hunter2"}):
+            head = bearer("first-key") | {"x-request-id": "the-id"}
+            server.request("POST", "/v1/audio/speech", body | {"input": secret}, **head)
+    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    assert not [line for line in lines if "hunter2" in json.dumps(line) or "first-key" in json.dumps(line)]
+    requests = [line for line in lines if line["message"] == "request"]
+    assert [line["status"] for line in requests] == [200, 400, 400, 200]
+    first = requests[0]
+    assert first["request_id"] == "the-id"
+    assert first["characters"] == len(secret)
+    assert (first["outcome"], first["format"], first["voice"]) == ("ok", "mp3", "default")
+    assert first["audio_seconds"] == 0.5
+    assert 0 <= first["wait_seconds"] <= first["first_audio_seconds"] <= first["seconds"]
+
+
+def test_health_names_the_quantization_of_each_stage():
+    with scripted(says(tone(0.5))) as (server, _):
+        health = server.request("GET", "/health").json
+        assert health["status"] == "ready"
+        assert health["quantization"] == {"llm": "int8", "flow": "int8", "vocoder": "fp32"}
+        assert (health["waiting"], health["active"], health["memory_bytes"]) == (2, 1, 123)
+        assert server.request("GET", "/metrics").headers["content-type"].startswith("text/plain")
+        assert "/v1/audio/speech" in server.request("GET", "/openapi.json").json["paths"]
+
+
+# ---- its life
+
+
+def test_while_it_loads_it_lives_and_is_not_ready():
+    go = threading.Event()
+
+    def loader(_):
+        assert go.wait(20)
+        return Scripted(says(tone(0.5)))
+
+    with running(loader, wait=False) as server:
+        assert wait_for(lambda: server.request("GET", "/livez").status) == 200
+        assert server.request("GET", "/readyz").status == 503
+        assert server.request("GET", "/readyz").json == {"status": "loading"}
+        assert server.request("GET", "/health").json["status"] == "loading"
+        answer = server.speak()
+        assert answer.status == 503
+        assert answer.error["code"] == "unavailable"
+        assert answer.headers["retry-after"]
+        assert server.request("GET", "/v1/models").status == 503
+        go.set()
+        wait_for(lambda: server.request("GET", "/readyz").status == 200)
+        assert server.speak().status == 200
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server():
+    def loader(_):
+        raise ArtifactError("damaged", where="llm.safetensors")
+
+    with running(loader) as server:
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+        assert isinstance(server.service.error, ArtifactError)
+
+
+def test_a_failed_device_fails_everything_at_once_and_ends_the_server():
+    fail = []
+
+    def loader(on_fatal):
+        fail.append(on_fatal)
+        return Scripted(slow)
+
+    with running(loader) as server:
+        response = server.open("POST", "/v1/audio/speech", BODY).getresponse()
+        assert response.read1(10)
+        fail[0](DeviceError("the device has failed"))
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+        assert isinstance(server.service.error, DeviceError)
+
+
+def slow(speech):
+    speech.put(tone(0.5))
+    until_cancelled(speech)
+
+
+def test_a_stop_lets_streams_finish_and_takes_no_more():
+    go = threading.Event()
+
+    def script(speech):
+        speech.put(tone(0.5))
+        assert go.wait(20)
+        speech.put(tone(0.5))
+
+    with scripted(script, drain_seconds=30.0) as (server, speaker):
+        response = server.open("POST", "/v1/audio/speech", BODY | {"response_format": "pcm"}).getresponse()
+        early = response.read1(10)
+        server.server.handle_exit(15, None)
+        wait_for(lambda: server.request("GET", "/readyz").json == {"status": "draining"})
+        assert server.request("GET", "/readyz").status == 503
+        assert server.request("GET", "/livez").status == 200
+        assert server.speak().status == 503
+        assert len(speaker.requests) == 1
+        go.set()
+        assert len(decoded(early + response.read(), "pcm")[0]) == 24_000
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+        assert server.service.error is None
+
+
+@pytest.mark.parametrize("how", ["deadline", "second signal"])
+def test_a_stop_has_a_hard_deadline(how):
+    with scripted(slow, drain_seconds=0.3 if how == "deadline" else 60.0) as (server, speaker):
+        response = server.open("POST", "/v1/audio/speech", BODY).getresponse()
+        assert response.read1(10)
+        server.server.handle_exit(15, None)
+        if how != "deadline":
+            assert not speaker.speeches[0].cancelled
+            server.server.handle_exit(15, None)
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+        assert speaker.speeches[0].cancelled
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+
+
+def test_a_stop_does_not_wait_for_one_that_does_not_read():
+    with scripted(says(*[tone(60.0)] * 10), drain_seconds=0.3) as (server, speaker):
+        connection = server.open("POST", "/v1/audio/speech", BODY | {"response_format": "pcm"})
+        wait_for(lambda: speaker.speeches and speaker.speeches[0].released.is_set())
+        server.server.handle_exit(15, None)
+        server.thread.join(6)
+        assert not server.thread.is_alive()
+        connection.close()
