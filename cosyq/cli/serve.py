@@ -40,6 +40,10 @@ def serve(
     wait: Annotated[float, typer.Option(envvar="COSYQ_WAIT", min=0.1, help="Seconds that one waits.")] = 20.0,
     deadline: Annotated[float, typer.Option(envvar="COSYQ_DEADLINE", min=1, help="Seconds for a request.")] = 300.0,
     drain: Annotated[float, typer.Option(envvar="COSYQ_DRAIN", min=0, help="Seconds to finish after SIGTERM.")] = 30.0,
+    source: Annotated[
+        str | None,
+        typer.Option(envvar="COSYQ_SOURCE", help="The encoders' DIR or REPO@REV, to add voices over HTTP."),
+    ] = None,
     engine: Annotated[
         Literal["auto", "reference", "unpacked", "bnb"], typer.Option(envvar="COSYQ_ENGINE", help="What multiplies.")
     ] = "auto",
@@ -54,6 +58,8 @@ def serve(
     if host not in LOCAL and not api_key:
         note(f"warning: whoever reaches {host}:{port} can speak without a key; set COSYQ_API_KEY")
     try:
+        import python_multipart  # noqa: F401  FastAPI asks for it late, and otherwise than by an import
+
         from cosyq.server import logs
         from cosyq.server.run import listen, serve
         from cosyq.server.settings import Settings
@@ -75,11 +81,12 @@ def serve(
         deadline_seconds=deadline,
         drain_seconds=drain,
     )
+    encoders = _encoders(opened, source)
     listening = listen(host, port)
     logs.to_stderr()
     address, number = listening.getsockname()[:2]
     logs.event("listening", host=address, port=number, artifact=str(opened.folder), keys=len(settings.keys))
-    serve(settings, listening, _loader(opened, queue, engine, device, dtype))
+    serve(settings, listening, _loader(opened, queue, encoders, engine, device, dtype))
 
 
 def unknown_variables(environment: Iterable[str], context: typer.Context) -> list[str]:
@@ -88,16 +95,27 @@ def unknown_variables(environment: Iterable[str], context: typer.Context) -> lis
     return sorted(name for name in environment if name.startswith("COSYQ_") and name not in known)
 
 
+def _encoders(opened: Artifact, source: str | None) -> Path | None:
+    """Their folder, fetched if need be; None where none was asked for. The small model's come along."""
+    if source is None and opened.manifest.recipe["source"].get("bundled") is None:
+        return None
+    from cosyq.cli.voice import encoders_folder
+    from cosyq.voices.enrol import encoder_files
+
+    folder = encoders_folder(opened, source)
+    encoder_files(folder)
+    return folder
+
+
 def _loader(
-    opened: Artifact, queue: int, engine: Any, device: str, dtype: str
+    opened: Artifact, queue: int, encoders: Path | None, engine: Any, device: str, dtype: str
 ) -> Callable[[Callable[[CosyqError], None]], Speaker]:
     def load(on_fatal: Callable[[CosyqError], None]) -> Speaker:
         from cosyq.runtime.synthesizer import load
         from cosyq.server.single import SingleSpeaker
 
-        return SingleSpeaker(
-            load(opened, device=device, dtype=dtype, engine=engine), longest_queue=queue, on_fatal=on_fatal
-        )
+        tts = load(opened, device=device, dtype=dtype, engine=engine)
+        return SingleSpeaker(tts, longest_queue=queue, on_fatal=on_fatal, encoders=encoders)
 
     return load
 

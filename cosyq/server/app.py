@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+import shutil
+import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from cosyq import __version__
-from cosyq.errors import CosyqError
+from cosyq.errors import CosyqError, UsageError
 from cosyq.server.delivery import ClientGoneError, Delivery
 from cosyq.server.encoders import WIRES, make_encoder
 from cosyq.server.failures import INVALID, SERVER, Failure, RefusedError, failure_of, refused
-from cosyq.server.gate import FIELDS, Gate
-from cosyq.server.logs import log
-from cosyq.server.schemas import MODEL_ALIASES, ErrorBody, SpeechBody
+from cosyq.server.gate import FIELDS, VOICES, Gate
+from cosyq.server.logs import event, log
+from cosyq.server.schemas import MODEL_ALIASES, VOICE_NAME, ErrorBody, SpeechBody
 from cosyq.server.service import Loader, Service
 from cosyq.server.speaker import FASTEST, SLOWEST, Speech, SpeechRequest
 from cosyq.text.prompt import END_OF_PROMPT, speakable
 
 CLIENT_GONE = 499  # nginx's; nobody sees it but the log
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 404, 413, 429, 500, 503, 504)
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503, 504)
 }
 NORMALIZED = ("en", "zh")  # languages whose numbers are read
 
@@ -47,6 +52,7 @@ def make_app(service: Service, loader: Loader) -> FastAPI:
     _answer_failures(app)
     _speech(app, service)
     _lists(app, service)
+    _voices(app, service)
     _health(app, service)
     return app
 
@@ -152,10 +158,57 @@ def _lists(app: FastAPI, service: Service) -> None:
     async def audio_models() -> dict[str, Any]:
         return {"models": [{"id": name, "name": name} for name in names()]}
 
-    @app.get("/v1/audio/voices")
+    @app.get(VOICES)
     async def voices() -> dict[str, Any]:
         found = [{"id": name, "name": name} for name in service.speaker.voices()]
         return {"voices": found, "aliases": service.voice_aliases()}
+
+
+def _voices(app: FastAPI, service: Service) -> None:
+    @app.post(VOICES, responses=ERRORS)
+    async def add(
+        name: Annotated[str, Form(max_length=100)],
+        audio_sample: UploadFile,
+        consent: Annotated[str, Form(max_length=200)],
+        transcript: Annotated[str, Form(max_length=4096)] = "",
+    ) -> dict[str, Any]:
+        """Make a voice of a recording. `consent` says that who speaks in it agrees: true, or where that is written."""
+        if consent.strip().lower() in ("", "false", "no", "0"):
+            message = "clone only voices whose owners agree, and say so"
+            raise refused(400, message, param="consent", code="consent_required")
+        if not VOICE_NAME.fullmatch(name):
+            message = "a voice's name is letters, digits, dots, dashes and underscores"
+            raise refused(400, message, param="name", code="invalid_value")
+        if name in service.speaker.voices():
+            raise refused(409, f"there is a voice {name!r} already", param="name", code="voice_exists")
+        if (audio_sample.size or 0) > service.settings.max_sample:
+            message = f"the recording is larger than {service.settings.max_sample} bytes"
+            raise refused(413, message, param="audio_sample", code="body_too_large")
+        service.require_ready()
+        try:
+            await asyncio.to_thread(_keep, service, name, audio_sample.file, transcript)
+        except UsageError as error:
+            failure = Failure(400, error.what, INVALID, "audio_sample", "invalid_value")  # `where` is a path of ours
+            raise RefusedError(failure) from None
+        event("voice added", name=name, consent=consent)
+        return {"object": "audio.voice", "id": name, "name": name, "created_at": int(time.time())}
+
+    @app.delete(VOICES + "/{name}", responses=ERRORS)
+    async def remove(name: str) -> dict[str, Any]:
+        service.require_ready()
+        if name not in service.speaker.voices():
+            raise refused(404, f"there is no voice {name!r}", param="name", code="voice_not_found")
+        await asyncio.to_thread(service.speaker.remove_voice, name)
+        event("voice removed", name=name)
+        return {"object": "audio.voice.deleted", "id": name, "deleted": True}
+
+
+def _keep(service: Service, name: str, upload: BinaryIO, transcript: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="cosyq-") as folder:
+        path = Path(folder) / "sample"
+        with path.open("wb") as file:
+            shutil.copyfileobj(upload, file)
+        service.speaker.add_voice(name, path, transcript)
 
 
 def _health(app: FastAPI, service: Service) -> None:

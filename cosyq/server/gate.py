@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
@@ -21,7 +22,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 FIELDS = "cosyq.fields"  # in the scope: what an endpoint wants to have logged
-LISTS = ("/v1/models", "/v1/audio/models", "/v1/audio/voices")
+VOICES = "/v1/audio/voices"
+LISTS = ("/v1/models", "/v1/audio/models", VOICES)
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -60,7 +62,7 @@ class Gate:
             if (failure := self._refuse(scope, headers)) is not None:
                 await send_failure(failure, sending)
             else:
-                await self._app(scope, self._limited(receive), sending)
+                await self._app(scope, self._limited(scope["path"], receive), sending)
         except BrokenStreamError:
             fields["broken"] = True
         finally:
@@ -77,9 +79,13 @@ class Gate:
             message = "the API key is missing or wrong: send `Authorization: Bearer KEY`"
             headers_back = {"www-authenticate": "Bearer"}
             return Failure(401, message, "authentication_error", None, "invalid_api_key", headers_back)
+        origin, host = headers.get(b"origin", ""), headers.get(b"host", "")
+        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+            # A form of a page from elsewhere, in the browser of someone who reaches this server.
+            return Failure(403, "requests of other sites' pages are not answered", INVALID, None, "foreign_origin")
         length = headers.get(b"content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > self._service.settings.max_body:
-            return self._too_large()
+        if not length.isdecimal() or int(length[:20]) > self._most(path):
+            return self._too_large(path)
         return None
 
     def _knows(self, authorization: str) -> bool:
@@ -91,7 +97,7 @@ class Gate:
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         return scheme.lower() == "bearer" and any(matches)
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, path: str, receive: Receive) -> Receive:
         """A body without a length is counted as it comes."""
         total = 0
 
@@ -99,14 +105,19 @@ class Gate:
             nonlocal total
             message = await receive()
             total += len(message.get("body", b""))
-            if total > self._service.settings.max_body:
-                raise HTTPException(413, self._too_large().message)
+            if total > self._most(path):
+                raise HTTPException(413, self._too_large(path).message)
             return message
 
         return receiving
 
-    def _too_large(self) -> Failure:
-        message = f"the body is larger than {self._service.settings.max_body} bytes"
+    def _most(self, path: str) -> int:
+        """Bytes of a body."""
+        settings = self._service.settings
+        return settings.max_body + (settings.max_sample if path == VOICES else 0)
+
+    def _too_large(self, path: str) -> Failure:
+        message = f"the body is larger than {self._most(path)} bytes"
         return Failure(413, message, INVALID, None, "body_too_large")
 
 

@@ -34,6 +34,7 @@ class Service:
         self.responses = 0
         self.metrics = Metrics(self.stats)
         self._speaker: Speaker | None = None
+        self._first_voices: list[str] = []
         self._speeches: dict[Speech, asyncio.Task[None]] = {}
 
     # ---- its life
@@ -56,7 +57,7 @@ class Service:
         threading.Thread(target=work, name="loader", daemon=True).start()
 
     def _loaded(self, speaker: Speaker) -> None:
-        self._speaker = speaker
+        self._speaker, self._first_voices = speaker, speaker.voices()
         if self.phase == "loading":
             self.phase = "ready"
             event("ready", **speaker.about(), voices=len(speaker.voices()), memory_bytes=speaker.stats().memory_bytes)
@@ -94,6 +95,11 @@ class Service:
     def stats(self) -> Stats | None:
         return self._speaker.stats() if self._speaker is not None else None
 
+    def require_ready(self) -> None:
+        """Raises UnavailableError unless it is."""
+        if self.phase != "ready":
+            raise UnavailableError(f"the server is {self.phase}")
+
     def submit(self, request: SpeechRequest) -> Speech:
         """Queue a request.
 
@@ -101,8 +107,7 @@ class Service:
             BusyError: too many wait.
             UnavailableError: it is not ready.
         """
-        if self.phase != "ready":
-            raise UnavailableError(f"the server is {self.phase}")
+        self.require_ready()
         speech = self.speaker.submit(request)
         self._speeches[speech] = asyncio.create_task(self._follow(speech))
         return speech
@@ -113,9 +118,13 @@ class Service:
         self.metrics.released(speech)
 
     def voice_aliases(self) -> dict[str, str]:
-        """OpenAI's voice names, each with the voice that answers to it: the speaker's, in turn."""
+        """OpenAI's voice names, each with the voice that answers to it: those there were at the start, in turn.
+
+        One that is added moves none of them.
+        """
         names = self.speaker.voices()
-        return {alias: name for alias, name in zip(VOICE_ALIASES, cycle(names), strict=False) if alias not in names}
+        first = [name for name in self._first_voices if name in names] or names
+        return {alias: name for alias, name in zip(VOICE_ALIASES, cycle(first), strict=False) if alias not in names}
 
     def find_voice(self, name: str) -> str | None:
         """The speaker's name of a voice, or None."""

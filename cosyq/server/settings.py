@@ -11,6 +11,7 @@ PREFIX = "COSYQ_"
 class Settings:
     """Lengths in characters or bytes, times in seconds.
 
+    max_sample: of a recording that becomes a voice.
     keys: whoever has one of them may speak; without any, everyone may.
     public_lists: whether models and voices are listed without a key.
     longest_queue: requests that wait; one more is refused.
@@ -23,6 +24,7 @@ class Settings:
     public_lists: bool = True
     max_characters: int = 4096
     max_body: int = 256 << 10
+    max_sample: int = 10 << 20
     longest_queue: int = 32
     wait_seconds: float = 20.0
     deadline_seconds: float = 300.0

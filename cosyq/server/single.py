@@ -8,16 +8,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosyq.errors import CosyqError, DeviceError
+from cosyq.artifact.edit import put_voice, remove_voice
+from cosyq.artifact.reader import Artifact
+from cosyq.audio.recording import read_recording
+from cosyq.errors import ArtifactError, CosyqError, DeviceError, UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.engine import Engine
 from cosyq.runtime.synthesizer import Options, Synthesizer
 from cosyq.server.speaker import BusyError, Chunk, Speech, SpeechRequest, Stats, UnavailableError
+from cosyq.voices.enrol import Encoders, check_take, enrol
 from cosyq.voices.voice import Voice
 
 WARM_UP = "Hello there."
@@ -66,16 +71,25 @@ class SingleSpeaker:
     Args:
         loaded: what speaks; its engine is asked step by step.
         longest_queue: how many requests may wait.
+        encoders: the folder of those that make a voice of a recording, or None.
         on_fatal: called from the speaking thread, once, when the device has failed for good.
 
     Raises:
         CosyqError: it cannot speak: making one says a word.
     """
 
-    def __init__(self, loaded: Synthesizer, *, longest_queue: int, on_fatal: Callable[[CosyqError], None]):
+    def __init__(
+        self,
+        loaded: Synthesizer,
+        *,
+        longest_queue: int,
+        on_fatal: Callable[[CosyqError], None],
+        encoders: Path | None = None,
+    ):
         self.artifact = loaded.artifact
         self._tts = Synthesizer(loaded.artifact, _Interruptible(loaded.engine, self._check), loaded.load_seconds)
-        self._longest, self._on_fatal = longest_queue, on_fatal
+        self._longest, self._on_fatal, self._encoders = longest_queue, on_fatal, encoders
+        self._editing = threading.Lock()
         self._waiting: deque[Speech] = deque()
         self._current: Speech | None = None
         self._closed = False
@@ -111,6 +125,28 @@ class SingleSpeaker:
             self._waiting.append(speech)
             self._changed.notify()
         return speech
+
+    def add_voice(self, name: str, audio: Path, transcript: str) -> None:
+        if self._encoders is None:
+            raise UnavailableError("this server has no encoders to make a voice with", remedy="start it with --source")
+        recording = read_recording(audio)
+        check_take(name, recording, transcript)
+        with self._editing:  # one at a time: the encoders take a gigabyte, which goes again with the request
+            if name in self.artifact.voice_files():
+                raise UsageError("there is such a voice already", where=name)
+            voice = enrol(name, recording, transcript, Encoders(self._encoders), self.artifact.manifest.model.flow)
+            self._edit(lambda: put_voice(self.artifact, name, voice.to_bytes()))
+
+    def remove_voice(self, name: str) -> None:
+        with self._editing:
+            self._edit(lambda: remove_voice(self.artifact, name))
+
+    def _edit(self, change: Callable[[], Artifact]) -> None:
+        try:
+            self.artifact = change()
+        except ArtifactError as error:  # a read-only artifact, a full disk: the paths are not the client's business
+            log.error("voices cannot be written", extra={"fields": {"error": str(error)}})
+            raise UnavailableError("the server cannot write its voices") from None
 
     def stats(self) -> Stats:
         with self._changed:

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +94,7 @@ class Stats:
 
 
 class Speaker(Protocol):
-    """One model on one device. All methods are called from one event loop, and none of them waits."""
+    """One model on one device. Its methods are called from one event loop, and but for those of voices none waits."""
 
     sample_rate: int
 
@@ -111,6 +112,21 @@ class Speaker(Protocol):
         Raises:
             BusyError: the queue is full.
             UnavailableError: it was closed, or has failed for good.
+        """
+
+    def add_voice(self, name: str, audio: Path, transcript: str) -> None:
+        """Make a voice of a recording and keep it. It takes seconds: call it in a thread.
+
+        Raises:
+            UsageError: the name, the recording or the transcript will not do.
+            UnavailableError: there are no encoders here, or the voice cannot be kept.
+        """
+
+    def remove_voice(self, name: str) -> None:
+        """Take a voice out, for good.
+
+        Raises:
+            UnavailableError: it cannot be written.
         """
 
     def stats(self) -> Stats: ...

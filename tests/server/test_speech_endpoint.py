@@ -28,6 +28,7 @@ from serving import (
 
 from cosyq.errors import CosyqError, DeviceError, UsageError
 from cosyq.server.encoders import WIRES
+from cosyq.server.failures import Failure
 from cosyq.server.schemas import VOICE_ALIASES
 from cosyq.server.speaker import Chunk
 
@@ -189,6 +190,11 @@ def test_what_cannot_be_spoken_is_refused_by_field(two, fields, status, param, c
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert code in (None, error["code"])
     assert len(speaker.requests) == before
+
+
+def test_a_failure_can_name_what_utf8_cannot():
+    failure = Failure(400, "half a surrogate: \ud800", "invalid_request_error")
+    assert json.loads(failure.body())["error"]["message"] == failure.message
 
 
 BODIES = [
