@@ -120,7 +120,7 @@ def _loader(
     return load
 
 
-def _folder(given: Path | None) -> Path:
+def _folder(given: str | None) -> Path:
     """The artifact to serve; where none is named, QUANTIZATION_ENABLED and QUANTIZATION_BITS choose among them."""
     from cosyq.server.settings import quantization
 

@@ -20,6 +20,7 @@ from cosyq.audio.recording import read_recording
 from cosyq.errors import ArtifactError, CosyqError, DeviceError, UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.engine import Engine
+from cosyq.runtime.interleave import Frame
 from cosyq.runtime.synthesizer import Options, Synthesizer
 from cosyq.server.speaker import BusyError, Chunk, Speech, SpeechRequest, Stats, UnavailableError
 from cosyq.voices.enrol import Encoders, check_take, enrol
@@ -41,13 +42,20 @@ class _Interruptible:
 
     def __init__(self, engine: Engine, check: Callable[[], None]):
         self._engine, self._check = engine, check
-        self.config, self.device = engine.config, engine.device
+        self.name, self.config, self.device = engine.name, engine.config, engine.device
 
     def speech_tokens(
         self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
     ) -> Iterator[int]:
+        return self._checked(
+            self._engine.speech_tokens(text, prompt, minimum=minimum, maximum=maximum, generator=generator)
+        )
+
+    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
+        return self._checked(self._engine.interleaved_tokens(frame, text, generator=generator))
+
+    def _checked(self, tokens: Iterator[int]) -> Iterator[int]:
         self._check()
-        tokens = self._engine.speech_tokens(text, prompt, minimum=minimum, maximum=maximum, generator=generator)
         while True:
             try:
                 token = next(tokens)
