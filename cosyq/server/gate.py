@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
@@ -80,7 +79,7 @@ class Gate:
             headers_back = {"www-authenticate": "Bearer"}
             return Failure(401, message, "authentication_error", None, "invalid_api_key", headers_back)
         origin, host = headers.get(b"origin", ""), headers.get(b"host", "")
-        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+        if scope["method"] not in ("GET", "HEAD") and origin and origin.rpartition("://")[2] != host:
             # A form of a page from elsewhere, in the browser of someone who reaches this server.
             return Failure(403, "requests of other sites' pages are not answered", INVALID, None, "foreign_origin")
         length = headers.get(b"content-length", "0")

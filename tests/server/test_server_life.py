@@ -4,12 +4,14 @@ import http.client
 import json
 import logging
 import threading
+import time
 
 import pytest
 from serving import BODY, Scripted, decoded, running, says, scripted, tone, until_cancelled, wait_for
 
 from cosyq.errors import ArtifactError, DeviceError
 from cosyq.server.logs import JsonFormatter
+from cosyq.server.run import LAST_SECONDS
 
 KEYS = ("first-key", "schlüssel")
 
@@ -129,9 +131,11 @@ def test_a_failed_device_fails_everything_at_once_and_ends_the_server():
     with running(loader) as server:
         response = server.open("POST", "/v1/audio/speech", BODY).getresponse()
         assert response.read1(10)
+        failed = time.monotonic()
         fail[0](DeviceError("the device has failed"))
         with pytest.raises(http.client.IncompleteRead):
             response.read()
+        assert time.monotonic() - failed < 0.5
         server.thread.join(5)
         assert not server.thread.is_alive()
         assert isinstance(server.service.error, DeviceError)
@@ -159,6 +163,8 @@ def test_a_stop_lets_streams_finish_and_takes_no_more():
         assert server.request("GET", "/livez").status == 200
         assert server.speak().status == 503
         assert len(speaker.requests) == 1
+        time.sleep(LAST_SECONDS + 0.5)  # longer than a server that stops at once would leave it
+        assert server.request("GET", "/readyz").status == 503
         go.set()
         assert len(decoded(early + response.read(), "pcm")[0]) == 24_000
         server.thread.join(5)

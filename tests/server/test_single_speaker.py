@@ -22,7 +22,8 @@ class Slowed:
     """An engine, each of whose tokens takes a while, and may fail."""
 
     def __init__(self, engine):
-        self._engine, self.config, self.device = engine, engine.config, engine.device
+        self._engine, self.name = engine, engine.name
+        self.config, self.device = engine.config, engine.device
         self.delay, self.error = 0.0, None
         self.tokens = 0
         self.mel, self.samples = engine.mel, engine.samples
