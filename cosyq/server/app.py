@@ -14,7 +14,7 @@ from typing import Annotated, Any, BinaryIO
 
 from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import FileResponse, Response
 from starlette.exceptions import HTTPException
 
 from cosyq import __version__
@@ -33,6 +33,7 @@ CLIENT_GONE = 499  # nginx's; nobody sees it but the log
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503, 504)
 }
+HERE = Path(__file__).parent
 NORMALIZED = ("en", "zh")  # languages whose numbers are read
 
 
@@ -54,6 +55,7 @@ def make_app(service: Service, loader: Loader) -> FastAPI:
     _lists(app, service)
     _voices(app, service)
     _health(app, service)
+    _page(app)
     return app
 
 
@@ -235,6 +237,24 @@ def _health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+
+def _page(app: FastAPI) -> None:
+    """Two files that ask for nothing from elsewhere; the browser is told to hold them to it."""
+    policy = "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    headers = {
+        "content-security-policy": policy + "; frame-ancestors 'none'; form-action 'none'; base-uri 'none'",
+        "x-content-type-options": "nosniff",
+        "cache-control": "no-cache",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(HERE / "page.html", headers=headers)
+
+    @app.get("/page.js", include_in_schema=False)
+    async def script() -> Response:
+        return FileResponse(HERE / "page.js", media_type="text/javascript", headers=headers)
 
 
 def _answer_failures(app: FastAPI) -> None:

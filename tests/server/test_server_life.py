@@ -3,6 +3,7 @@
 import http.client
 import json
 import logging
+import re
 import threading
 import time
 
@@ -84,6 +85,24 @@ def test_health_names_the_quantization_of_each_stage():
         assert (health["waiting"], health["active"], health["memory_bytes"]) == (2, 1, 123)
         assert server.request("GET", "/metrics").headers["content-type"].startswith("text/plain")
         assert "/v1/audio/speech" in server.request("GET", "/openapi.json").json["paths"]
+
+
+def test_the_page_is_ours_alone_and_asks_for_what_there_is():
+    with scripted(says(tone(0.5)), keys=KEYS) as (server, _):
+        page, script = server.request("GET", "/"), server.request("GET", "/page.js")
+        assert page.headers["content-type"].startswith("text/html")
+        assert script.headers["content-type"].startswith("text/javascript")
+        for answer in (page, script):
+            assert answer.status == 200
+            assert "default-src 'none'; script-src 'self'" in answer.headers["content-security-policy"]
+            assert not re.search(rb"https?://|innerHTML|eval\(", answer.body)
+        assert re.findall(rb'src="([^"]*)"', page.body) == [b"page.js"]
+        paths = server.request("GET", "/openapi.json").json["paths"]
+        asked = set(re.findall(r'fetch\("([^"]*)"', script.body.decode()))
+        assert {f"/{path}" for path in asked} <= paths.keys()
+        assert asked == {"v1/audio/speech", "v1/audio/voices", "health"}
+        fields = set(re.findall(r'name="(\w+)"', page.body.decode()))
+        assert {"input", "voice", "speed", "seed", "key", "name", "audio_sample", "transcript", "consent"} <= fields
 
 
 # ---- its life
