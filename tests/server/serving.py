@@ -46,6 +46,7 @@ class Scripted:
 
     def __init__(self, script: Script, longest_queue: int = 8):
         self.script, self.longest = script, longest_queue
+        self.linger = 0.0  # between the last chunk and letting go, as a thread may be slow to
         self.requests: list[SpeechRequest] = []
         self.speeches: list[Speech] = []
 
@@ -73,6 +74,7 @@ class Scripted:
         except Exception as raised:
             error = raised
         speech.end(error)
+        time.sleep(self.linger)
         speech.release()
 
     def stats(self) -> Stats:

@@ -454,13 +454,15 @@ def test_a_client_that_leaves_frees_its_work_within_100_ms(moment, events):
             assert server.metric('cosyq_cancel_seconds_bucket{le="0.1"}') == 1
 
 
-def test_what_was_spoken_whole_counts_as_such(two):
-    server, _ = two
+def test_what_was_spoken_whole_counts_as_such(two, monkeypatch):
+    server, speaker = two
+    monkeypatch.setattr(speaker, "linger", 0.1)
     before = server.metric('cosyq_requests_total{outcome="ok"}'), server.metric("cosyq_audio_seconds_total")
     cancels = server.metric("cosyq_cancel_seconds_count")
     server.speak()
     wait_for(lambda: server.metric('cosyq_requests_total{outcome="ok"}') == before[0] + 1)
     assert server.metric("cosyq_audio_seconds_total") == pytest.approx(before[1] + 2.0)
+    wait_for(lambda: speaker.speeches[-1].released.is_set())
     assert server.metric("cosyq_cancel_seconds_count") == cancels
     assert server.metric("cosyq_first_audio_seconds_count") >= before[0] + 1
     assert server.metric("cosyq_queue_depth") == 2
