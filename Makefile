@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
+# Threads that wait sleep: spinning, they slow down whatever else runs beside them, a server's test its client.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-slow quality format clean
 
