@@ -257,7 +257,7 @@ def test_quantization_variables_choose_among_the_artifacts(artifact_of, tmp_path
         monkeypatch.setenv("QUANTIZATION_ENABLED", enabled)
         monkeypatch.setenv("QUANTIZATION_BITS", bits)
         assert _folder(None).name == name
-    assert _folder(Path("mine")) == Path("mine")
+    assert _folder("mine") == Path("mine")
     monkeypatch.setenv("QUANTIZATION_BITS", "3")
     monkeypatch.setenv("QUANTIZATION_ENABLED", "1")
     code, err = cli()
