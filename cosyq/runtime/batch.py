@@ -1,142 +1,205 @@
-"""Many utterances in flight over one language model: rows of a fixed batch that are joined and left between steps.
+"""Many utterances in flight over one language model: rows that are joined and left between steps.
 
-A step has fixed shapes and never waits for the host, so it can be one CUDA graph; the host looks at the results when it
-likes, and what a row drew beyond its end is never shown. It knows embeddings and ids; not text, voices or audio.
+A step has fixed shapes and never waits for the host, so it can be one CUDA graph. What it drew is read a few steps
+later, in one small copy for all rows; what a row draws beyond its end is never shown. It knows embeddings and ids; not
+text, voices or audio.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cosyq.errors import DeviceError
 from cosyq.model.config import SamplingConfig
-from cosyq.model.llm import KVCache, LanguageModel, rope_tables, rotate
 from cosyq.runtime.batch_sampling import sample_rows
-from cosyq.runtime.decode import Finish, prefill
+from cosyq.runtime.decode import Finish
+from cosyq.runtime.forward import Forward
 
 SPAN = 256  # attention runs over a multiple of so many positions
+LAG = 4  # steps that a GPU may be given before the first of them is done
+IDLE = -2  # in place of an id: the row drew none
 
 
-@dataclass(frozen=True)
+@dataclass
 class News:
     """What a row drew since it was last asked, and how it ended, if it did."""
 
-    tokens: list[int]
-    finish: Finish | None
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    error: DeviceError | None = None
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row that is taken.
+
+    since: number of the first step that counts.
+    past: positions whose ids and embeddings the cache holds, by the steps that were read.
+    reach: positions that it has at most, by the steps that were begun.
+    """
+
+    since: int
+    past: int
+    reach: int
+    maximum: int
+    count: int = 0
+    ended: bool = False
 
 
 class BatchDecoder:
-    """`rows` utterances at most, each of at most `capacity` positions and `longest` speech ids."""
+    """As many utterances as `forward` has rows, each of at most `longest` speech ids."""
 
-    def __init__(self, llm: LanguageModel, sampling: SamplingConfig, *, rows: int, capacity: int, longest: int):
-        c, device = llm.config, llm.norm.weight.device
-        self.llm, self.sampling, self.longest = llm, sampling, longest
-        self.cache = KVCache.empty(c, capacity, batch=rows, device=device, dtype=llm.norm.dtype)
-        self.cache.keys.zero_()  # what a mask hides must still be finite
-        self.cache.values.zero_()
+    def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int):
+        rows, device = forward.rows, forward.device
+        self.forward, self.sampling, self.longest = forward, sampling, longest
 
         def counts(value: int = 0) -> Tensor:
             return torch.full((rows,), value, dtype=torch.int64, device=device)
 
-        self.rows = torch.arange(rows, device=device)
+        self.every = torch.arange(rows, device=device)
         self.positions, self.drawn_count = counts(), counts()
         self.minimum, self.maximum = counts(), counts()
         self.finished = torch.ones(rows, dtype=torch.bool, device=device)
-        self.logits = torch.zeros(rows, c.speech_rows, device=device)
+        self.logits = torch.zeros(rows, forward.config.speech_rows, device=device)
         self.recent = torch.full((rows, sampling.win_size), -1, device=device)
         self.uniform = torch.zeros(rows, longest, 2, device=device)
-        self.drawn = torch.full((rows, longest), -1, device=device)
-        self.shown = [0] * rows  # ids of each row that the host has seen
+        self.drawn = counts(IDLE)  # in the last step
         self.free = set(range(rows))
-        self.reach = [0] * rows  # positions that each row may come to have
+        self._rows: dict[int, _Row] = {}
+        self._steps = 0  # begun
+        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids [rows] on the host, when there
 
-    @torch.inference_mode()
-    def join(self, embeddings: Tensor, *, minimum: int, maximum: int, generator: torch.Generator) -> int:
+    def fits(self, positions: int, maximum: int) -> bool:
+        """Whether a row can hold so many positions of a prompt and so many speech ids after them."""
+        return 0 < maximum <= self.longest and positions + maximum <= self.forward.capacity
+
+    def join(
+        self, embeddings: Tensor, *, minimum: int, maximum: int, generator: torch.Generator, room: int | None = None
+    ) -> int:
         """Begin an utterance with its prompt, embeddings [1, t, hidden]; returns its row.
+
+        Args:
+            minimum, maximum: of speech ids; the first `minimum` may not be its end.
+            generator: the only source of randomness, on the host.
+            room: of speech ids with all that `extend` may add; `maximum` unless it is given.
 
         Raises:
             ValueError: there is no free row, or it may grow beyond what a row holds.
         """
-        reach = embeddings.shape[1] + maximum
+        room = maximum if room is None else room
         if not self.free:
             raise ValueError("every row is taken")
-        if reach > self.cache.capacity or not 0 < maximum <= self.longest:
-            raise ValueError(f"{reach} positions and {maximum} ids do not fit a row")
+        if not self.fits(embeddings.shape[1], room):
+            raise ValueError(f"{embeddings.shape[1]} positions and {room} ids do not fit a row")
         row = min(self.free)
-        own = KVCache(self.cache.keys[:, row : row + 1], self.cache.values[:, row : row + 1])
-        self.logits[row] = prefill(self.llm, embeddings, own)
-        self.positions[row] = own.length
-        self.minimum[row], self.maximum[row] = minimum, maximum
-        self.drawn_count[row], self.recent[row], self.finished[row] = 0, -1, False
-        self.uniform[row, :maximum] = torch.rand(maximum, 2, generator=generator).to(self.uniform.device)
-        self.shown[row], self.reach[row] = 0, reach
+        self._rows[row] = _Row(self._steps, 0, 0, 0)
+        self.uniform[row, :room] = torch.rand(room, 2, generator=generator).to(self.uniform.device)
+        self.drawn_count[row], self.recent[row] = 0, -1
+        self._go_on(row, embeddings, minimum, maximum)
         self.free.remove(row)
         return row
+
+    def extend(self, row: int, embeddings: Tensor, *, minimum: int, maximum: int) -> None:
+        """Go on with an utterance that has come to its maximum, after [1, t, hidden], which begin with its last id.
+
+        Args:
+            minimum, maximum: of speech ids from the begin of the utterance on.
+
+        Raises:
+            ValueError: it goes on still, or may grow beyond what a row holds.
+        """
+        state = self._rows[row]
+        if not state.ended:
+            raise ValueError("the row has not come to its end")
+        if maximum > self.longest or state.past + embeddings.shape[1] + maximum - state.count > self.forward.capacity:
+            raise ValueError(f"{maximum} ids do not fit a row")
+        state.since, state.ended = self._steps, False
+        self._go_on(row, embeddings, minimum, maximum)
+
+    @torch.inference_mode()
+    def _go_on(self, row: int, embeddings: Tensor, minimum: int, maximum: int) -> None:
+        state = self._rows[row]
+        self.logits[row] = self.forward.prefill(row, embeddings, state.past)
+        state.past += embeddings.shape[1]
+        state.reach, state.maximum = state.past, maximum
+        self.positions[row], self.minimum[row], self.maximum[row] = state.past, minimum, maximum
+        self.finished[row] = False
 
     def leave(self, row: int) -> None:
         """The row is free for another utterance, whether this one has ended or not."""
         self.finished[row] = True
-        self.reach[row] = 0
+        del self._rows[row]
         self.free.add(row)
 
-    @torch.inference_mode()
     def step(self) -> None:
         """Draw one id in every row that goes on, and compute what follows it."""
-        vocabulary, live = self.llm.config.speech_vocab, ~self.finished
+        for state in self._rows.values():
+            state.reach += not state.ended
+        reach = max((state.reach for state in self._rows.values()), default=1)
+        self.advance(min(-(-reach // SPAN) * SPAN, self.forward.capacity))
+        self._steps += 1
+        event = None
+        ids = self.drawn.to("cpu", non_blocking=True, copy=True)
+        if self.drawn.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._unread.append((ids, event))
+
+    @torch.inference_mode()
+    def advance(self, span: int) -> None:
+        """What a step does on the device, in place and in fixed shapes: a CUDA graph can hold it."""
+        vocabulary, live = self.forward.config.speech_vocab, ~self.finished
         at = self.drawn_count.clamp(max=self.longest - 1)
         ids = sample_rows(
             self.logits,
             self.recent,
-            self.uniform[self.rows, at],
+            self.uniform[self.every, at],
             self.sampling,
             forbidden=self.drawn_count < self.minimum,
             forbid_from=vocabulary,
         )
-        self.drawn[self.rows, at] = torch.where(live, ids, self.drawn[self.rows, at])
+        self.drawn.copy_(torch.where(live, ids, IDLE))
         turn = at % self.sampling.win_size
-        self.recent[self.rows, turn] = torch.where(live, ids, self.recent[self.rows, turn])
+        self.recent[self.every, turn] = torch.where(live, ids, self.recent[self.every, turn])
         self.drawn_count += live
         ended = (ids < 0) | (ids >= vocabulary) | (self.drawn_count >= self.maximum)
         self.finished |= ended
-        self.logits.copy_(self._forward(ids.clamp(0, vocabulary - 1)))
+        self.logits.copy_(self.forward(ids.clamp(0, vocabulary - 1), self.positions, span))
         self.positions += live & ~ended
 
-    def news(self, row: int) -> News:
-        """What the row drew since the last call. Waits for the device.
+    def news(self, lag: int = LAG) -> dict[int, News]:
+        """What each row drew since the last call, for those that drew anything.
 
-        Raises:
-            DeviceError: its logits are not finite.
+        Waits for the device until all but the last `lag` steps are done; what is done beyond that is told too.
         """
-        count, finished = int(self.drawn_count[row]), bool(self.finished[row])
-        tokens = self.drawn[row, self.shown[row] : count].tolist()
-        self.shown[row] = count
-        if tokens and tokens[-1] < 0:
-            raise DeviceError("the language model's logits are not finite", remedy="use bf16 or fp32 arithmetic")
-        if tokens and tokens[-1] >= self.llm.config.speech_vocab:
-            return News(tokens[:-1], "stop")
-        return News(tokens, "length" if finished else None)
+        found: dict[int, News] = {}
+        while self._unread:
+            ids, event = self._unread[0]
+            if event is not None and len(self._unread) <= lag and not event.query():
+                break
+            if event is not None:
+                event.synchronize()
+            number = self._steps - len(self._unread)
+            self._unread.popleft()
+            for row, token in enumerate(ids.tolist()):
+                state = self._rows.get(row)
+                if token != IDLE and state is not None and number >= state.since:
+                    self._read(state, token, found.setdefault(row, News()))
+        return found
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        """The logits after ids [b], each at its row's position: [b, speech_rows]."""
-        llm, cache, c = self.llm, self.cache, self.llm.config
-        span = min(-(-max(self.reach, default=1) // SPAN) * SPAN, cache.capacity)
-        mask = (torch.arange(span, device=ids.device) <= self.positions[:, None])[:, None, None]
-        rope = tuple(t[:, None, None] for t in rope_tables(self.positions, c.head_dim, c.rope_theta))
-        x = llm.embed_speech(ids[:, None])
-        for index, layer in enumerate(llm.layers):
-            attention, keys, values = layer.self_attn, cache.keys[index], cache.values[index]
-            h = layer.input_layernorm(x)
-            q = rotate(attention.q_proj(h).view(len(ids), c.num_heads, 1, c.head_dim), *rope)
-            k = rotate(attention.k_proj(h).view(len(ids), c.num_kv_heads, 1, c.head_dim), *rope)
-            keys[self.rows, :, self.positions] = k[:, :, 0]
-            values[self.rows, :, self.positions] = attention.v_proj(h).view(len(ids), c.num_kv_heads, c.head_dim)
-            out = F.scaled_dot_product_attention(
-                q, keys[:, :, :span], values[:, :, :span], attn_mask=mask, enable_gqa=True
-            )
-            x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return llm.logits(llm.norm(x)[:, 0])
+    def _read(self, state: _Row, token: int, news: News) -> None:
+        state.count += 1
+        state.ended = True
+        if token < 0:
+            news.error = DeviceError("the language model's logits are not finite", remedy="use bf16 or fp32 arithmetic")
+        elif token >= self.forward.config.speech_vocab:
+            news.finish = "stop"
+        else:
+            news.tokens.append(token)
+            state.ended = state.count >= state.maximum
+            news.finish = "length" if state.ended else None
+            state.past += not state.ended

@@ -10,7 +10,8 @@ import cosyq
 from cosyq.errors import DeviceError
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.batch_sampling import sample_rows
-from cosyq.runtime.decode import decode
+from cosyq.runtime.decode import decode, prefill
+from cosyq.runtime.forward import TorchForward
 
 LONGEST, CAPACITY = 40, 128
 
@@ -33,7 +34,7 @@ def prompts(engine, count: int) -> list[torch.Tensor]:
 
 def decoder(engine, rows: int, **sampling) -> BatchDecoder:
     config = replace(engine.config.sampling, **sampling)
-    return BatchDecoder(engine.llm, config, rows=rows, capacity=CAPACITY, longest=LONGEST)
+    return BatchDecoder(TorchForward(engine.llm, rows=rows, capacity=CAPACITY), config, longest=LONGEST)
 
 
 def run_alone(engine, prompt, seed, *, minimum=5, maximum=LONGEST, **sampling):
@@ -42,7 +43,7 @@ def run_alone(engine, prompt, seed, *, minimum=5, maximum=LONGEST, **sampling):
     tokens, finish = [], None
     while finish is None:
         batch.step()
-        news = batch.news(row)
+        news = batch.news()[row]
         tokens, finish = tokens + news.tokens, news.finish
     return tokens, finish
 
@@ -84,7 +85,7 @@ def test_history_is_the_last_ids_of_this_utterance(engine):
         row = batch.join(prompt, minimum=LONGEST, maximum=LONGEST, generator=generator)
         for _ in range(LONGEST):
             batch.step()
-        assert batch.news(row).tokens == expected
+        assert batch.news()[row].tokens == expected
         batch.leave(row)
 
 
@@ -106,8 +107,8 @@ def test_rows_join_and_leave_without_a_trace(engine, order):
             rows[batch.join(texts[utterance], minimum=5, maximum=LONGEST, generator=generator)] = utterance
         for _ in range(draw.randint(1, 4)):
             batch.step()
-        for row, utterance in list(rows.items()):
-            news = batch.news(row)
+        for row, news in batch.news().items():
+            utterance = rows[row]
             said[utterance] += news.tokens
             if news.finish or (utterance == given_up and said[utterance]):
                 ended[utterance] = news.finish
@@ -145,6 +146,59 @@ def test_a_row_that_is_not_finite_says_so_and_its_neighbour_goes_on(engine):
     batch.logits[rows[0]] = torch.nan
     for _ in range(3):
         batch.step()
-    with pytest.raises(DeviceError, match="not finite"):
-        batch.news(rows[0])
-    assert batch.news(rows[1]).tokens == run_alone(engine, other, 1)[0][:3]
+    news = batch.news()
+    assert isinstance(news[rows[0]].error, DeviceError)
+    assert news[rows[1]].error is None
+    assert news[rows[1]].tokens == run_alone(engine, other, 1)[0][:3]
+
+
+def test_an_utterance_goes_on_after_more_was_shown(engine):
+    """Parts of it shown in turns, a neighbour beside it: the ids of a plain loop over the same positions."""
+    one, other, first, second = prompts(engine, 4)
+    uniform = torch.rand(30, 2, generator=torch.Generator().manual_seed(3))
+    cache, config = engine._cache(CAPACITY), replace(engine.config.sampling, top_k=4)
+    stop, expected, shown = engine.config.llm.speech_vocab, [], one
+    for more, maximum in ((first[:, :4], 6), (second[:, :3], 7), (None, 30)):
+        while len(expected) < maximum:
+            logits = prefill(engine.llm, shown, cache)
+            recent = torch.full((1, config.win_size), -1)
+            last = torch.tensor(expected[-config.win_size :], dtype=torch.int64)
+            recent[0, : len(last)] = last
+            turn = uniform[len(expected) :][:1]
+            ids = sample_rows(
+                logits[None], recent, turn, config, forbidden=torch.tensor([True]), forbid_from=stop
+            )  # fmt: skip
+            expected.append(int(ids))
+            shown = engine.llm.embed_speech(ids[None])
+        if more is not None:
+            shown = torch.cat([shown, more], dim=1)
+    batch = decoder(engine, 2, top_k=4)
+    neighbour = batch.join(other, minimum=40, maximum=40, generator=torch.Generator())
+    row = batch.join(one, minimum=6, maximum=6, generator=torch.Generator().manual_seed(3), room=30)
+    with pytest.raises(ValueError, match="not come to its end"):
+        batch.extend(row, first, minimum=7, maximum=7)
+    found = []
+    for more, maximum in ((first[:, :4], 7), (second[:, :3], 30), (None, 0)):
+        finish = None
+        while finish is None:
+            batch.step()
+            news = batch.news()[row]
+            found, finish = found + news.tokens, news.finish
+        assert finish == "length"
+        if more is not None:
+            last = engine.llm.embed_speech(torch.tensor([[found[-1]]]))
+            batch.extend(row, torch.cat([last, more], dim=1), minimum=maximum, maximum=maximum)
+    assert found == expected
+    batch.leave(neighbour)
+
+
+def test_what_was_drawn_before_a_row_changed_hands_is_not_the_newcomers(engine):
+    one, other = prompts(engine, 2)
+    batch = decoder(engine, 1)
+    for seed, prompt in enumerate((one, other)):
+        row = batch.join(prompt, minimum=9, maximum=LONGEST, generator=torch.Generator().manual_seed(seed))
+        for _ in range(4):
+            batch.step()
+        if prompt is one:
+            batch.leave(row)
+    assert batch.news()[row].tokens == run_alone(engine, other, 1, minimum=9)[0][:4]
