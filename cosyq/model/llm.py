@@ -157,6 +157,29 @@ class LanguageModel(nn.Module):
         cache.length = past + t
         return self.norm(x)
 
+    def step(self, ids: Tensor, positions: Tensor, cache: KVCache, span: int) -> Tensor:
+        """Run one speech id of each of a batch's rows, ids [b], at its own position, [b] < span: logits [b, speech_rows].
+
+        A row's position is overwritten, and it sees what is up to it. `cache.length` is left alone.
+        """
+        c, every = self.config, torch.arange(len(ids), device=ids.device)
+        mask = (torch.arange(span, device=ids.device) <= positions[:, None])[:, None, None]
+        rope = tuple(t[:, None, None] for t in rope_tables(positions, c.head_dim, c.rope_theta))
+        x = self.embed_speech(ids[:, None])
+        for index, layer in enumerate(self.layers):
+            attention, keys, values = layer.self_attn, cache.keys[index], cache.values[index]
+            h = layer.input_layernorm(x)
+            q = rotate(attention.q_proj(h).view(len(ids), c.num_heads, 1, c.head_dim), *rope)
+            k = rotate(attention.k_proj(h).view(len(ids), c.num_kv_heads, 1, c.head_dim), *rope)
+            keys[every, :, positions] = k[:, :, 0]
+            values[every, :, positions] = attention.v_proj(h).view(len(ids), c.num_kv_heads, c.head_dim)
+            out = F.scaled_dot_product_attention(
+                q, keys[:, :, :span], values[:, :, :span], attn_mask=mask, enable_gqa=True
+            )
+            x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return self.logits(self.norm(x)[:, 0])
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., speech_rows] float32."""
         return self.head(hidden).float()

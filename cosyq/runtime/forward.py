@@ -1,15 +1,14 @@
-"""The language model of many utterances at once: rows of a fixed batch, each with its own place in a key-value cache."""
+"""The language model of many utterances at once: rows of a batch, each with its own place in a key-value cache."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cosyq.model.config import LLMConfig
-from cosyq.model.llm import KVCache, LanguageModel, rope_tables, rotate
+from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.runtime.decode import prefill
 
 
@@ -44,27 +43,10 @@ class TorchForward:
         self._cache = KVCache.empty(llm.config, capacity, batch=rows, device=self.device, dtype=llm.norm.dtype)
         self._cache.keys.zero_()  # what a mask hides must still be finite
         self._cache.values.zero_()
-        self._every = torch.arange(rows, device=self.device)
 
     def prefill(self, row: int, embeddings: Tensor, past: int) -> Tensor:
         own = KVCache(self._cache.keys[:, row : row + 1], self._cache.values[:, row : row + 1], past)
         return prefill(self._llm, embeddings, own)
 
     def __call__(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
-        llm, c, rows = self._llm, self.config, self.rows
-        mask = (torch.arange(span, device=ids.device) <= positions[:, None])[:, None, None]
-        rope = tuple(t[:, None, None] for t in rope_tables(positions, c.head_dim, c.rope_theta))
-        x = llm.embed_speech(ids[:, None])
-        for index, layer in enumerate(llm.layers):
-            attention, keys, values = layer.self_attn, self._cache.keys[index], self._cache.values[index]
-            h = layer.input_layernorm(x)
-            q = rotate(attention.q_proj(h).view(rows, c.num_heads, 1, c.head_dim), *rope)
-            k = rotate(attention.k_proj(h).view(rows, c.num_kv_heads, 1, c.head_dim), *rope)
-            keys[self._every, :, positions] = k[:, :, 0]
-            values[self._every, :, positions] = attention.v_proj(h).view(rows, c.num_kv_heads, c.head_dim)
-            out = F.scaled_dot_product_attention(
-                q, keys[:, :, :span], values[:, :, :span], attn_mask=mask, enable_gqa=True
-            )
-            x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return llm.logits(llm.norm(x)[:, 0])
+        return self._llm.step(ids, positions, self._cache, span)
