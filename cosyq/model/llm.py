@@ -95,6 +95,19 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
 
+    def step(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        """x [b, 1, hidden], each at its own position, [b]; mask [b, 1, 1, span], True where a row may look."""
+        b, span, rows = len(x), mask.shape[-1], torch.arange(len(x), device=x.device)
+        q = rotate(self.q_proj(x).view(b, self.heads, 1, self.head_dim), *rope)
+        k = rotate(self.k_proj(x).view(b, self.kv_heads, 1, self.head_dim), *rope)
+        keys[rows, :, positions] = k[:, :, 0]
+        values[rows, :, positions] = self.v_proj(x).view(b, self.kv_heads, self.head_dim)
+        k, v = keys[:, :, :span], values[:, :, :span]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.reshape(b, 1, self.heads * self.head_dim))
+
 
 class MLP(nn.Module):
     """SwiGLU."""
@@ -119,6 +132,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, past: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, keys, values, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def step(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        x = x + self.self_attn.step(self.input_layernorm(x), rope, keys, values, positions, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,26 +177,16 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
     def step(self, ids: Tensor, positions: Tensor, cache: KVCache, span: int) -> Tensor:
-        """Run one speech id of each of a batch's rows, ids [b], at its own position, [b] < span: logits [b, speech_rows].
+        """Run one speech id of each of the batch's first b rows, ids [b], at its own position, [b]: [b, speech_rows].
 
-        A row's position is overwritten, and it sees what is up to it. `cache.length` is left alone.
+        A row's position is overwritten, and it sees what is up to it; all are below `span`. `cache.length` stays.
         """
-        c, every = self.config, torch.arange(len(ids), device=ids.device)
+        c, rows = self.config, len(ids)
         mask = (torch.arange(span, device=ids.device) <= positions[:, None])[:, None, None]
-        rope = tuple(t[:, None, None] for t in rope_tables(positions, c.head_dim, c.rope_theta))
+        cos, sin = (t[:, None, None] for t in rope_tables(positions, c.head_dim, c.rope_theta))
         x = self.embed_speech(ids[:, None])
         for index, layer in enumerate(self.layers):
-            attention, keys, values = layer.self_attn, cache.keys[index], cache.values[index]
-            h = layer.input_layernorm(x)
-            q = rotate(attention.q_proj(h).view(len(ids), c.num_heads, 1, c.head_dim), *rope)
-            k = rotate(attention.k_proj(h).view(len(ids), c.num_kv_heads, 1, c.head_dim), *rope)
-            keys[every, :, positions] = k[:, :, 0]
-            values[every, :, positions] = attention.v_proj(h).view(len(ids), c.num_kv_heads, c.head_dim)
-            out = F.scaled_dot_product_attention(
-                q, keys[:, :, :span], values[:, :, :span], attn_mask=mask, enable_gqa=True
-            )
-            x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = layer.step(x, (cos, sin), cache.keys[index, :rows], cache.values[index, :rows], positions, mask)
         return self.logits(self.norm(x)[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Many utterances in flight over one language model: rows that are joined and left between steps.
 
-A step has fixed shapes and never waits for the host, so it can be one CUDA graph. What it drew is read a few steps
+A step has one of few shapes and never waits for the host, so it can be one CUDA graph. What it drew is read a few steps
 later, in one small copy for all rows; what a row draws beyond its end is never shown. It knows embeddings and ids; not
 text, voices or audio.
 """
@@ -71,7 +71,7 @@ class BatchDecoder:
         self.free = set(range(rows))
         self._rows: dict[int, _Row] = {}
         self._steps = 0  # begun
-        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids [rows] on the host, when there
+        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids on the host, once the event is over
 
     def fits(self, positions: int, maximum: int) -> bool:
         """Whether a row can hold so many positions of a prompt and so many speech ids after them."""
@@ -139,37 +139,40 @@ class BatchDecoder:
         """Draw one id in every row that goes on, and compute what follows it."""
         for state in self._rows.values():
             state.reach += not state.ended
+        taken = max(self._rows, default=0) + 1
         reach = max((state.reach for state in self._rows.values()), default=1)
-        self.advance(min(-(-reach // SPAN) * SPAN, self.forward.capacity))
+        rows = min(1 << (taken - 1).bit_length(), self.forward.rows)
+        self.advance(rows, min(-(-reach // SPAN) * SPAN, self.forward.capacity))
         self._steps += 1
         event = None
-        ids = self.drawn.to("cpu", non_blocking=True, copy=True)
+        ids = self.drawn[:rows].to("cpu", non_blocking=True, copy=True)
         if self.drawn.is_cuda:
             event = torch.cuda.Event()
             event.record()
         self._unread.append((ids, event))
 
     @torch.inference_mode()
-    def advance(self, span: int) -> None:
-        """What a step does on the device, in place and in fixed shapes: a CUDA graph can hold it."""
-        vocabulary, live = self.forward.config.speech_vocab, ~self.finished
-        at = self.drawn_count.clamp(max=self.longest - 1)
+    def advance(self, rows: int, span: int) -> None:
+        """What a step does on the device for the first `rows`, in place: a CUDA graph can hold it."""
+        vocabulary, every = self.forward.config.speech_vocab, self.every[:rows]
+        live, count, recent = ~self.finished[:rows], self.drawn_count[:rows], self.recent[:rows]
+        at = count.clamp(max=self.longest - 1)
         ids = sample_rows(
-            self.logits,
-            self.recent,
-            self.uniform[self.every, at],
+            self.logits[:rows],
+            recent,
+            self.uniform[every, at],
             self.sampling,
-            forbidden=self.drawn_count < self.minimum,
+            forbidden=count < self.minimum[:rows],
             forbid_from=vocabulary,
         )
-        self.drawn.copy_(torch.where(live, ids, IDLE))
+        self.drawn[:rows] = torch.where(live, ids, IDLE)
         turn = at % self.sampling.win_size
-        self.recent[self.every, turn] = torch.where(live, ids, self.recent[self.every, turn])
-        self.drawn_count += live
-        ended = (ids < 0) | (ids >= vocabulary) | (self.drawn_count >= self.maximum)
-        self.finished |= ended
-        self.logits.copy_(self.forward(ids.clamp(0, vocabulary - 1), self.positions, span))
-        self.positions += live & ~ended
+        recent[every, turn] = torch.where(live, ids, recent[every, turn])
+        count += live
+        ended = (ids < 0) | (ids >= vocabulary) | (count >= self.maximum[:rows])
+        self.finished[:rows] |= ended
+        self.logits[:rows] = self.forward(ids.clamp(0, vocabulary - 1), self.positions[:rows], span)
+        self.positions[:rows] += live & ~ended
 
     def news(self, lag: int = LAG) -> dict[int, News]:
         """What each row drew since the last call, for those that drew anything.

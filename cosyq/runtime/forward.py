@@ -25,11 +25,11 @@ class Forward(Protocol):
         float32."""
 
     def __call__(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
-        """Run one speech id of each row, ids [rows] int64, at its position, [rows] int64: logits [rows, speech_rows]
-        float32.
+        """Run one speech id of each of the first b rows, ids [b] int64, at its position, [b] int64: logits
+        [b, speech_rows] float32.
 
         A position is overwritten, and what lies behind it is not seen. `span` is more than any position whose result
-        matters, and one of few values. Nothing here may wait for the device.
+        matters. Both b and `span` take few values. Nothing here may wait for the device.
         """
 
 
