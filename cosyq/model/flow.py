@@ -8,6 +8,7 @@ stream equals one block-causal pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 from cosyq.model.config import FlowConfig
 from cosyq.model.dit import DiT, block_causal_mask
+
+
+def nothing() -> None:
+    """What is done between two steps, where nobody wants more."""
 
 
 def time_steps(steps: int) -> tuple[list[float], list[float]]:
@@ -98,6 +103,7 @@ class Flow(nn.Module):
         streaming: bool,
         final: bool,
         steps: int,
+        between: Callable[[], None] = nothing,
     ) -> Tensor:
         """Solve the flow for one utterance.
 
@@ -109,6 +115,7 @@ class Flow(nn.Module):
             streaming: block-causal attention instead of full.
             final: no token will follow.
             steps: Euler steps, one of the tables' keys.
+            between: called before each Euler step; what it raises ends the work.
 
         Returns the mel of everything after the prompt, [mel, frames - p] float32.
         """
@@ -128,6 +135,7 @@ class Flow(nn.Module):
         mask = block_causal_mask(frames, self.config.chunk_frames, tokens.device) if streaming else None
         x = noise[:frames]
         for row, dt in zip(table, time_steps(steps)[1], strict=True):
+            between()
             conditional, free = self.estimator(x.expand(2, -1, -1), condition, row, mask)
             velocity = (1 + self.config.guidance) * conditional - self.config.guidance * free
             x = x + dt * velocity

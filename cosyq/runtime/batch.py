@@ -8,6 +8,7 @@ text, voices or audio.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from cosyq.errors import DeviceError
 from cosyq.model.config import SamplingConfig
 from cosyq.runtime.batch_sampling import sample_rows
-from cosyq.runtime.decode import Finish
+from cosyq.runtime.decode import Embed, Finish, Part
 from cosyq.runtime.forward import Forward
+from cosyq.runtime.sampling import draws, not_finite
 
 SPAN = 256  # attention runs over a multiple of so many positions
 LAG = 4  # steps that a GPU may be given before the first of them is done
@@ -97,7 +99,7 @@ class BatchDecoder:
             raise ValueError(f"{embeddings.shape[1]} positions and {room} ids do not fit a row")
         row = min(self.free)
         self._rows[row] = _Row(self._steps, 0, 0, 0)
-        self.uniform[row, :room] = torch.rand(room, 2, generator=generator).to(self.uniform.device)
+        self.uniform[row, :room] = draws(room, generator).to(self.uniform.device)
         self.drawn_count[row], self.recent[row] = 0, -1
         self._go_on(row, embeddings, minimum, maximum)
         self.free.remove(row)
@@ -198,7 +200,7 @@ class BatchDecoder:
         state.count += 1
         state.ended = True
         if token < 0:
-            news.error = DeviceError("the language model's logits are not finite", remedy="use bf16 or fp32 arithmetic")
+            news.error = not_finite()
         elif token >= self.forward.config.speech_vocab:
             news.finish = "stop"
         else:
@@ -206,3 +208,36 @@ class BatchDecoder:
             state.ended = state.count >= state.maximum
             news.finish = "length" if state.ended else None
             state.past += not state.ended
+
+
+def follow_alone(
+    decoder: BatchDecoder, embed: Embed, parts: Iterable[Part], *, room: int, generator: torch.Generator
+) -> Iterator[int]:
+    """`decode.follow` over a row of a decoder that nobody else uses: the same ids."""
+    row: int | None = None
+    count, waiting = 0, []
+    try:
+        for part in parts:
+            waiting += [embed(text, speech) for text, speech in part.shown]
+            if part.maximum <= count:
+                continue
+            shown, bounds = torch.cat(waiting).unsqueeze(0), {"minimum": part.minimum, "maximum": part.maximum}
+            if row is None:
+                row = decoder.join(shown, **bounds, generator=generator, room=room)
+            else:
+                decoder.extend(row, shown, **bounds)
+            finish = None
+            while finish is None:
+                decoder.step()
+                news = decoder.news().get(row, News())
+                if news.error:
+                    raise news.error
+                yield from news.tokens
+                count, finish = count + len(news.tokens), news.finish
+                waiting = [embed([], news.tokens[-1:])] if news.tokens else waiting
+            if finish == "stop":
+                return "stop"  # type: ignore[return-value]
+    finally:
+        if row is not None:
+            decoder.leave(row)
+    return "length"  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Repetition-aware sampling (see `sampling`) for a batch, on the device, in operations of fixed shape.
+"""Repetition-aware sampling (VALL-E 2, arXiv 2406.05370) for a batch, on the device, in operations of fixed shape.
 
 Nothing waits for the host and nothing depends on the data but the result, so a CUDA graph can hold it. Randomness comes
 in as uniform numbers that each request drew for itself: a row's ids do not depend on its neighbours.

@@ -7,7 +7,7 @@ without quantization needs. `bnb` has bitsandbytes' own products, for comparison
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from cosyq.artifact.reader import Artifact, load_stage, text_rows
 from cosyq.errors import DeviceError
 from cosyq.model.config import ModelConfig
-from cosyq.model.flow import Flow, start_noise
+from cosyq.model.flow import Flow, nothing, start_noise
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
 from cosyq.quantize.linear import Matmul
-from cosyq.runtime.decode import Sampler, decode
-from cosyq.runtime.interleave import Frame, interleave
-from cosyq.runtime.sampling import sample
+from cosyq.runtime.batch import BatchDecoder
+from cosyq.runtime.decode import Part, Sampler, follow
+from cosyq.runtime.forward import TorchForward
+from cosyq.runtime.sampling import draws, sample
 from cosyq.voices.voice import Voice
 
 EngineName = Literal["reference", "unpacked", "bnb"]
@@ -38,19 +39,38 @@ class Engine(Protocol):
     config: ModelConfig
     device: torch.device
 
+    def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
+        """Text ids, then speech ids, for the language model: [n, hidden] float32, on the engine's device."""
+
     def speech_tokens(
-        self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
+        self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator
     ) -> Iterator[int]:
-        """Speech ids after text ids and prompt speech ids; returns how it ended ("stop" or "length")."""
+        """Speech ids of an utterance; returns how it ended ("stop" or "length").
 
-    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
-        """Speech ids while `text` arrives; see `interleave`. Returns how it ended."""
+        Asks for a part only when the next id needs it. All that is shown has at most `positions` ids, and at most
+        `room` are drawn.
+        """
 
-    def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
-        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device."""
+    def decoder(self, rows: int, *, positions: int, room: int) -> BatchDecoder:
+        """For as many utterances at once, each within these bounds; the same ids as `speech_tokens` gives."""
 
-    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
-        """The next samples of an utterance for its next frames [mel, t]: [n] float32."""
+    def mel(
+        self,
+        tokens: list[int],
+        voice: Voice,
+        *,
+        streaming: bool,
+        final: bool,
+        steps: int,
+        between: Callable[[], None] = nothing,
+    ) -> Tensor:
+        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device.
+
+        `between` is called between the steps of the work, as far as it has any, and may end it by an exception.
+        """
+
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
+        """The next samples of an utterance for its next frames [mel, t]: [n] float32 on the host."""
 
 
 class TorchEngine:
@@ -71,40 +91,44 @@ class TorchEngine:
         self.vocoder: Vocoder = load_stage(artifact, "vocoder", device=device, dtype=torch.float32, matmul=matmul)  # type: ignore[assignment]
         self._noise = start_noise(self.config.flow).to(device)
 
-    def prompt_embeddings(self, text: list[int], prompt: list[int]) -> Tensor:
-        """[sos] text [task_id] prompt speech, [1, t, hidden] float32 on the device."""
-        c = self.config.llm
-        speech = self.llm.embed_speech(torch.tensor([c.sos, c.task_id, *prompt], device=self.device))
-        return torch.cat([speech[:1], self._embed_text(text), speech[1:]]).unsqueeze(0)
-
-    def _embed_text(self, ids: list[int]) -> Tensor:
-        return self._text_rows(ids).to(self.device)
+    @torch.inference_mode()
+    def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
+        words = self._text_rows(list(text)).to(self.device)
+        return torch.cat([words, self.llm.embed_speech(torch.tensor(speech, dtype=torch.int64, device=self.device))])
 
     def _cache(self, capacity: int) -> KVCache:
         return KVCache.empty(self.config.llm, capacity, device=self.device, dtype=self.dtype)
 
-    def _sampler(self, generator: torch.Generator) -> Sampler:
+    def _sampler(self, room: int, generator: torch.Generator) -> Sampler:
+        uniform = draws(room, generator)
+
         def sampler(logits: Tensor, history: Sequence[int], may_stop: bool) -> int:
             forbidden = None if may_stop else self.config.llm.speech_vocab
-            return sample(logits, history, self.config.sampling, generator, forbid_from=forbidden)
+            return sample(logits, history, self.config.sampling, uniform[len(history)], forbid_from=forbidden)
 
         return sampler
 
-    @torch.inference_mode()
     def speech_tokens(
-        self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
+        self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator
     ) -> Iterator[int]:
-        embeddings = self.prompt_embeddings(text, prompt)
-        cache = self._cache(embeddings.shape[1] + maximum)
-        sampler = self._sampler(generator)
-        return (yield from decode(self.llm, embeddings, cache, sampler, minimum=minimum, maximum=maximum))
+        cache, sampler = self._cache(positions + room), self._sampler(room, generator)
+        return (yield from follow(self.llm, self.embed, parts, cache, sampler))
 
-    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
-        cache = self._cache(frame.capacity)
-        return (yield from interleave(self.llm, self._embed_text, frame, text, cache, self._sampler(generator)))
+    def decoder(self, rows: int, *, positions: int, room: int) -> BatchDecoder:
+        forward = TorchForward(self.llm, rows=rows, capacity=positions + room)
+        return BatchDecoder(forward, self.config.sampling, longest=room)
 
     @torch.inference_mode()
-    def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
+    def mel(
+        self,
+        tokens: list[int],
+        voice: Voice,
+        *,
+        streaming: bool,
+        final: bool,
+        steps: int,
+        between: Callable[[], None] = nothing,
+    ) -> Tensor:
         ids = torch.cat([voice.prompt_tokens.long(), torch.tensor(tokens, dtype=torch.int64)]).to(self.device)
         mel = self.flow(
             ids,
@@ -114,18 +138,19 @@ class TorchEngine:
             streaming=streaming,
             final=final,
             steps=steps,
+            between=between,
         )
         if not torch.isfinite(mel).all():
             raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
         return mel
 
     @torch.inference_mode()
-    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
         parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
-        rendered = [
-            self.vocoder.render(part, state, final=final and index == len(parts) - 1)
-            for index, part in enumerate(parts)
-        ]
+        rendered = []
+        for index, part in enumerate(parts):
+            between()
+            rendered.append(self.vocoder.render(part, state, final=final and index == len(parts) - 1))
         wav = torch.cat(rendered, dim=-1)[0].cpu()
         if not torch.isfinite(wav).all():
             raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")

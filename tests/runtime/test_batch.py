@@ -8,10 +8,11 @@ import torch
 
 import cosyq
 from cosyq.errors import DeviceError
-from cosyq.runtime.batch import BatchDecoder
+from cosyq.runtime.batch import BatchDecoder, follow_alone
 from cosyq.runtime.batch_sampling import sample_rows
 from cosyq.runtime.decode import decode, prefill
 from cosyq.runtime.forward import TorchForward
+from cosyq.runtime.interleave import Frame, interleaved, whole
 
 LONGEST, CAPACITY = 40, 128
 
@@ -24,10 +25,10 @@ def engine(artifact_of):
 def prompts(engine, count: int) -> list[torch.Tensor]:
     draw = random.Random(count)
     return [
-        engine.prompt_embeddings(
+        engine.embed(
             [draw.randrange(200) for _ in range(draw.randint(1, 30))],
             [draw.randrange(engine.config.llm.speech_vocab) for _ in range(draw.choice((0, 5, 40)))],
-        )
+        )[None]
         for _ in range(count)
     ]
 
@@ -202,3 +203,27 @@ def test_what_was_drawn_before_a_row_changed_hands_is_not_the_newcomers(engine):
         if prompt is one:
             batch.leave(row)
     assert batch.news()[row].tokens == run_alone(engine, other, 1, minimum=9)[0][:4]
+
+
+@pytest.mark.parametrize("arriving", [False, True])
+def test_a_row_alone_says_what_the_plain_loop_says(engine, arriving):
+    """With the same random numbers, for a text that is there and for one shown in parts."""
+    c, draw = engine.config.llm, random.Random(7)
+    text, prompt = [draw.randrange(500) for _ in range(12)], [draw.randrange(c.speech_vocab) for _ in range(20)]
+    if arriving:
+        frame = Frame([3, 4], [5, 6], prompt, longest=12, least=2, most=20, room=80)
+        parts = list(interleaved(frame, iter(text), sos=c.sos, task_id=c.task_id))
+    else:
+        parts = [whole(text, prompt, minimum=24, maximum=80, sos=c.sos, task_id=c.task_id)]
+    for seed in range(3):
+        plain = engine.speech_tokens(parts, positions=60, room=80, generator=torch.Generator().manual_seed(seed))
+        alone = follow_alone(
+            engine.decoder(1, positions=60, room=80),
+            engine.embed,
+            parts,
+            room=80,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        tokens = list(plain)
+        assert len(tokens) >= 24
+        assert list(alone) == tokens
