@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cosyq.runtime.decode import Finish
+
+SILENCE = np.empty(0, np.float32)
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -85,8 +89,21 @@ class Clock:
     def reading(self, text: Iterable[int]) -> Iterator[int]:
         """Pass text ids on, counting them."""
         for token in text:
-            self._base = replace(self._base, text_tokens=self._base.text_tokens + 1)
+            self.read(1)
             yield token
+
+    def read(self, count: int) -> None:
+        self._base = replace(self._base, text_tokens=self._base.text_tokens + count)
+
+    def drawn(self, count: int, seconds: float) -> None:
+        """So many more of the language model's tokens, and its time."""
+        count, seconds = self._base.speech_tokens + count, self._base.token_seconds + seconds
+        self._base = replace(self._base, speech_tokens=count, token_seconds=seconds)
+
+    def ended(self, finish: Finish) -> None:
+        """An utterance's tokens did. One that was cut is worth knowing of, whatever comes after it."""
+        if self._base.finish != "length":
+            self._base = replace(self._base, finish=finish)
 
     def counted(self, tokens: Iterator[int]) -> Iterator[int]:
         """Pass the language model's tokens on, counting them and its time, and keep how it ended."""
@@ -95,12 +112,9 @@ class Clock:
             try:
                 token = next(tokens)
             except StopIteration as stop:
-                if self._base.finish != "length":  # one that was cut is worth knowing of
-                    self._base = replace(self._base, finish=stop.value)
+                self.ended(stop.value)
                 return
-            spent = time.perf_counter() - started - (self._base.waited_seconds - waited)
-            count, seconds = self._base.speech_tokens + 1, self._base.token_seconds + spent
-            self._base = replace(self._base, speech_tokens=count, token_seconds=seconds)
+            self.drawn(1, time.perf_counter() - started - (self._base.waited_seconds - waited))
             yield token
 
     def audio(self, samples: NDArray[np.float32], text: str = "", utterance: int = 0, *, pause: int = 0) -> Audio:

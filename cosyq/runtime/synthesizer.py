@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.errors import UsageError
 from cosyq.model.vocoder import StreamState
-from cosyq.runtime.clock import Audio, Clock
+from cosyq.runtime.clock import SILENCE, Audio, Clock
 from cosyq.runtime.decode import Silence
 from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.interleave import Frame
@@ -29,8 +29,6 @@ from cosyq.runtime.rendering import Rendering
 from cosyq.runtime.request import Manner, Options, Requests, Utterance, find_voice, voice_names
 from cosyq.runtime.speed import Pace
 from cosyq.voices.voice import Voice
-
-SILENCE = np.empty(0, np.float32)
 
 
 class Synthesizer:
