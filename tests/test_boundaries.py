@@ -96,7 +96,7 @@ def reachable(start):
 
 def test_speaking_cannot_quantize_again():
     """The run side reaches nothing that reads recipes or checkpoints or packs weights."""
-    for start in ("runtime.synthesizer", "runtime.engine", "server.single"):
+    for start in ("runtime.synthesizer", "runtime.engine", "server.batch"):
         reached = reachable(start)
         assert "quantize.linear" in reached
         for forbidden in ("checkpoint", "recipe", "build", "quantize.pack", "quantize.plan", "hub"):
@@ -141,7 +141,7 @@ def test_a_server_knows_its_speaker_by_its_interface_alone():
     """What answers over HTTP loads no torch and reaches no engine: the one that speaks can be another."""
     code = "import sys, cosyq.server.run; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert not {r for r in reachable("server.run") if r == "server.single" or r.startswith(("runtime", "artifact"))}
+    assert not {r for r in reachable("server.run") if r == "server.batch" or r.startswith(("runtime", "artifact"))}
 
 
 def test_only_the_command_line_prints():

@@ -36,6 +36,17 @@ def serve(
         bool, typer.Option(envvar="COSYQ_PUBLIC_LISTS", help="List models and voices without a key.")
     ] = True,
     max_characters: Annotated[int, typer.Option(envvar="COSYQ_MAX_CHARACTERS", min=1, help="Of an input.")] = 4096,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(envvar="COSYQ_MAX_CONCURRENCY", min=1, max=256, help="Requests spoken at once; else by memory."),
+    ] = None,
+    key_concurrency: Annotated[
+        int | None, typer.Option(envvar="COSYQ_KEY_CONCURRENCY", min=1, help="Requests at once of one API key.")
+    ] = None,
+    idle_unload: Annotated[
+        float | None,
+        typer.Option(envvar="COSYQ_IDLE_UNLOAD", min=1, help="Let go of the model after so many seconds unused."),
+    ] = None,
     queue: Annotated[int, typer.Option(envvar="COSYQ_QUEUE", min=1, help="Requests that may wait.")] = 32,
     wait: Annotated[float, typer.Option(envvar="COSYQ_WAIT", min=0.1, help="Seconds that one waits.")] = 20.0,
     deadline: Annotated[float, typer.Option(envvar="COSYQ_DEADLINE", min=1, help="Seconds for a request.")] = 300.0,
@@ -77,6 +88,7 @@ def serve(
         public_lists=public_lists,
         max_characters=max_characters,
         longest_queue=queue,
+        key_concurrency=key_concurrency,
         wait_seconds=wait,
         deadline_seconds=deadline,
         drain_seconds=drain,
@@ -86,7 +98,8 @@ def serve(
     logs.to_stderr()
     address, number = listening.getsockname()[:2]
     logs.event("listening", host=address, port=number, artifact=str(opened.folder), keys=len(settings.keys))
-    serve(settings, listening, _loader(opened, queue, encoders, engine, device, dtype))
+    speaker = {"rows": max_concurrency, "longest_queue": queue, "idle": idle_unload, "encoders": encoders}
+    serve(settings, listening, _loader(opened, speaker, {"engine": engine, "device": device, "dtype": dtype}))
 
 
 def unknown_variables(environment: Iterable[str], context: typer.Context) -> list[str]:
@@ -108,16 +121,17 @@ def _encoders(opened: Artifact, source: str | None) -> Path | None:
 
 
 def _loader(
-    opened: Artifact, queue: int, encoders: Path | None, engine: Any, device: str, dtype: str
+    opened: Artifact, speaker: dict[str, Any], place: dict[str, Any]
 ) -> Callable[[Callable[[CosyqError], None]], Speaker]:
-    def load(on_fatal: Callable[[CosyqError], None]) -> Speaker:
+    def make(on_fatal: Callable[[CosyqError], None]) -> Speaker:
+        from cosyq.runtime.engine import pick_device
         from cosyq.runtime.synthesizer import load
-        from cosyq.server.single import SingleSpeaker
+        from cosyq.server.batch import BatchSpeaker
 
-        tts = load(opened, device=device, dtype=dtype, engine=engine)
-        return SingleSpeaker(tts, longest_queue=queue, on_fatal=on_fatal, encoders=encoders)
+        device = pick_device(place["device"])
+        return BatchSpeaker(lambda: load(opened, **place), device=device, on_fatal=on_fatal, **speaker)
 
-    return load
+    return make
 
 
 def _folder(given: str | None) -> Path:

@@ -19,7 +19,7 @@ from cosyq.model.config import ModelConfig
 from cosyq.model.flow import Flow, nothing, start_noise
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
-from cosyq.quantize.linear import Matmul
+from cosyq.quantize.linear import Matmul, weight_bytes
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.decode import Part, Sampler, follow
 from cosyq.runtime.forward import TorchForward
@@ -38,6 +38,7 @@ class Engine(Protocol):
     name: str
     config: ModelConfig
     device: torch.device
+    weights: dict[str, int]  # bytes of each stage, on the device
 
     def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
         """Text ids, then speech ids, for the language model: [n, hidden] float32, on the engine's device."""
@@ -89,6 +90,8 @@ class TorchEngine:
         self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
         self.flow: Flow = load_stage(artifact, "flow", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
         self.vocoder: Vocoder = load_stage(artifact, "vocoder", device=device, dtype=torch.float32, matmul=matmul)  # type: ignore[assignment]
+        stages = {"llm": self.llm, "flow": self.flow, "vocoder": self.vocoder}
+        self.weights = {name: weight_bytes(network) for name, network in stages.items()}
         self._noise = start_noise(self.config.flow).to(device)
 
     @torch.inference_mode()

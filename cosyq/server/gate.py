@@ -7,20 +7,23 @@ import hmac
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from cosyq.server.failures import INVALID, Failure
+from cosyq.server.failures import INVALID, Failure, failure_of
 from cosyq.server.logs import event
 from cosyq.server.service import Service
+from cosyq.server.speaker import BusyError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 FIELDS = "cosyq.fields"  # in the scope: what an endpoint wants to have logged
+SPEECH = ("/v1/audio/speech",)
 VOICES = "/v1/audio/voices"
 LISTS = ("/v1/models", "/v1/audio/models", VOICES)
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -36,6 +39,7 @@ class Gate:
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], service: Service):
         self._app, self._service = app, service
         self._keys = [_digest(key.encode()) for key in service.settings.keys]
+        self._busy: Counter[bytes] = Counter()  # requests for speech that are being answered, by the key's digest
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,11 +61,18 @@ class Gate:
 
         counted = scope["path"].startswith("/v1/")
         self._service.responses += counted
+        speaks = scope["path"] in SPEECH
+        key = _digest(_given(headers)) if speaks else b""
         try:
-            if (failure := self._refuse(scope, headers)) is not None:
+            if (failure := self._refuse(scope, headers) or self._one_too_many(key)) is not None:
                 await send_failure(failure, sending)
-            else:
+                return
+            self._busy[key] += speaks
+            try:
                 await self._app(scope, self._limited(scope["path"], receive), sending)
+            finally:
+                self._busy[key] -= speaks
+                self._busy += Counter()  # without those at nothing
         except BrokenStreamError:
             fields["broken"] = True
         finally:
@@ -74,7 +85,7 @@ class Gate:
     def _refuse(self, scope: Message, headers: dict[bytes, str]) -> Failure | None:
         path = scope["path"]
         listed = self._service.settings.public_lists and scope["method"] == "GET" and path in LISTS
-        if path.startswith("/v1/") and not listed and not self._knows(headers.get(b"authorization", "")):
+        if path.startswith("/v1/") and not listed and not self._knows(headers):
             message = "the API key is missing or wrong: send `Authorization: Bearer KEY`"
             headers_back = {"www-authenticate": "Bearer"}
             return Failure(401, message, "authentication_error", None, "invalid_api_key", headers_back)
@@ -87,14 +98,20 @@ class Gate:
             return self._too_large(path)
         return None
 
-    def _knows(self, authorization: str) -> bool:
+    def _one_too_many(self, key: bytes) -> Failure | None:
+        """Whether whoever has this key has as many requests on the way as is allowed."""
+        most = self._service.settings.key_concurrency
+        if not self._keys or most is None or self._busy[key] < most:
+            return None
+        return failure_of(BusyError(f"{most} requests with this key are being answered", retry_after=1.0))
+
+    def _knows(self, headers: dict[bytes, str]) -> bool:
         """Every key is compared, each in constant time."""
         if not self._keys:
             return True
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip().encode("latin-1", "replace"))
+        given = _digest(_given(headers))
         matches = [hmac.compare_digest(given, known) for known in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
     def _limited(self, path: str, receive: Receive) -> Receive:
         """A body without a length is counted as it comes."""
@@ -126,6 +143,12 @@ async def send_failure(failure: Failure, send: Send) -> None:
     headers = [(name.encode(), value.encode()) for name, value in about.items()]
     await send({"type": "http.response.start", "status": failure.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _given(headers: dict[bytes, str]) -> bytes:
+    """The key that a request brings, or nothing."""
+    scheme, _, key = headers.get(b"authorization", "").partition(" ")
+    return key.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
 
 
 def _digest(key: bytes) -> bytes:
