@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cosyq.artifact.reader import Artifact
     from cosyq.server.speaker import Speaker
 
-PACKAGES = ("fastapi", "starlette", "uvicorn", "av", "prometheus_client", "python_multipart")
+PACKAGES = ("fastapi", "starlette", "uvicorn", "av", "prometheus_client", "python_multipart", "websockets")
 ELSEWHERE = ("COSYQ_ARTIFACT", "COSYQ_DEBUG")  # variables that are read without an option of ours
 LOCAL = ("127.0.0.1", "::1", "localhost")
 

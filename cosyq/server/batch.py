@@ -264,7 +264,8 @@ class _Ear:
 
     def put(self, audio: Audio) -> None:
         t = audio.timings
-        self._speech.put(Chunk(audio.samples, t.text_tokens, t.speech_tokens, t.finish))
+        said = (audio.utterance, audio.text, audio.pause)
+        self._speech.put(Chunk(audio.samples, t.text_tokens, t.speech_tokens, t.finish, *said))
 
     def end(self, error: CosyqError | None) -> None:
         if self._speech.began:

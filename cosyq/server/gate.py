@@ -22,6 +22,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+ANSWERS = {"http": "http.response", "websocket": "websocket.http.response"}  # how a refusal is sent
 FIELDS = "cosyq.fields"  # in the scope: what an endpoint wants to have logged
 SPEECH = ("/v1/audio/speech",)
 VOICES = "/v1/audio/voices"
@@ -42,7 +43,7 @@ class Gate:
         self._busy: Counter[bytes] = Counter()  # requests for speech that are being answered, by the key's digest
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -50,12 +51,12 @@ class Gate:
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         fields: dict[str, Any] = {}
         scope[FIELDS] = fields
-        started, status = time.monotonic(), 0
+        started, status, answer = time.monotonic(), 0, ANSWERS[scope["type"]]
 
         async def sending(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            if message["type"] in (f"{answer}.start", "websocket.accept"):
+                status = message.get("status", 101)
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -65,7 +66,7 @@ class Gate:
         key = _digest(_given(headers)) if speaks else b""
         try:
             if (failure := self._refuse(scope, headers) or self._one_too_many(key)) is not None:
-                await send_failure(failure, sending)
+                await send_failure(failure, sending, answer)
                 return
             self._busy[key] += speaks
             try:
@@ -79,18 +80,24 @@ class Gate:
             self._service.responses -= counted
             if counted:
                 seconds = round(time.monotonic() - started, 4)
-                about = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": seconds}
+                about = {
+                    "method": scope.get("method", "WEBSOCKET"),
+                    "path": scope["path"],
+                    "status": status,
+                    "seconds": seconds,
+                }
                 event("request", request_id=request_id, **about, **fields)
 
     def _refuse(self, scope: Message, headers: dict[bytes, str]) -> Failure | None:
         path = scope["path"]
-        listed = self._service.settings.public_lists and scope["method"] == "GET" and path in LISTS
+        method = scope.get("method", "WEBSOCKET")
+        listed = self._service.settings.public_lists and method == "GET" and path in LISTS
         if path.startswith("/v1/") and not listed and not self._knows(headers):
             message = "the API key is missing or wrong: send `Authorization: Bearer KEY`"
             headers_back = {"www-authenticate": "Bearer"}
             return Failure(401, message, "authentication_error", None, "invalid_api_key", headers_back)
         origin, host = headers.get(b"origin", ""), headers.get(b"host", "")
-        if scope["method"] not in ("GET", "HEAD") and origin and origin.rpartition("://")[2] != host:
+        if method not in ("GET", "HEAD") and origin and origin.rpartition("://")[2] != host:
             # A form of a page from elsewhere, in the browser of someone who reaches this server.
             return Failure(403, "requests of other sites' pages are not answered", INVALID, None, "foreign_origin")
         length = headers.get(b"content-length", "0")
@@ -137,12 +144,12 @@ class Gate:
         return Failure(413, message, INVALID, None, "body_too_large")
 
 
-async def send_failure(failure: Failure, send: Send) -> None:
+async def send_failure(failure: Failure, send: Send, answer: str) -> None:
     body = failure.body()
     about = {"content-type": "application/json", "content-length": str(len(body)), **failure.headers}
     headers = [(name.encode(), value.encode()) for name, value in about.items()]
-    await send({"type": "http.response.start", "status": failure.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{answer}.start", "status": failure.status, "headers": headers})
+    await send({"type": f"{answer}.body", "body": body})
 
 
 def _given(headers: dict[bytes, str]) -> bytes:
