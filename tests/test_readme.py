@@ -72,7 +72,8 @@ def test_the_python_example(demo):
 def test_the_server_and_its_clients(demo):
     """As written but for the port, which may be taken, and a key that nobody asks for."""
     (block,) = [b for b in blocks("sh") if "curl" in b]
-    (code,) = [b for b in blocks("python") if "openai" in b]
+    clients = [b for b in blocks("python") if "openai" in b or "websockets" in b]
+    assert len(clients) == 2
     command, _, curl = block.partition("\n")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
@@ -82,15 +83,17 @@ def test_the_server_and_its_clients(demo):
         ready = f"curl -sf --retry 60 --retry-delay 1 --retry-all-errors http://127.0.0.1:{port}/readyz"
         shell(demo, ready)
         shell(demo, curl.replace("8000", port))
-        done = subprocess.run(
-            [sys.executable, "-c", code.replace("8000", port)], cwd=demo, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        for code in clients:
+            done = subprocess.run(
+                [sys.executable, "-c", code.replace("8000", port)], cwd=demo, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
     finally:
         server.terminate()
         assert server.wait(20) == 0
     assert (demo / "hello.mp3").stat().st_size > 4000
     assert (demo / "hello.wav").stat().st_size > 20_000
+    assert (demo / "answer.s16le").stat().st_size > 20_000
 
 
 @pytest.fixture(scope="module")
