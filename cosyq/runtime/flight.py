@@ -105,7 +105,7 @@ class Flight:
 
     @property
     def dry_at(self) -> float:
-        """When what it has got will have been heard."""
+        """When what it has got will have been heard; long ago, if it has nothing."""
         return self.started + self.sent
 
     def write(self, tts: Synthesizer, text: str | Iterable[str], options: Options) -> None:

@@ -241,7 +241,7 @@ class InFlight:
         due = [f for f in self._active if f.lines and f.lines[0].rendering.due is not None]
         if not due:
             return None
-        driest = next((f for f in due if not f.started), None) or min(due, key=lambda flight: flight.dry_at)
+        driest = min(due, key=lambda flight: flight.dry_at)  # the first of those that have none yet
         expecting = any(not f.started and f.line_drawn for f in self._active)
         can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
         return None if can_wait and expecting and self._held < STEPS_HELD else driest
