@@ -1,13 +1,15 @@
 """An engine: the three networks on a device, behind the calls that synthesis makes.
 
-`reference` runs plain torch on any device and unpacks weights on the fly: slow, and what faster engines are
-tested against. `unpacked` is the same with the weights unpacked at load, to the same bits, in the memory that a model
-without quantization needs. `bnb` has bitsandbytes' own products, for comparison.
+`fused` has kernels of our own for CUDA GPUs and is in `runtime.fused`. `reference` runs plain torch on any device and
+unpacks weights on the fly: slow, and what faster engines are tested against. `unpacked` is the same with the weights
+unpacked at load, to the same bits, in the memory that a model without quantization needs. `bnb` has bitsandbytes' own
+products, for comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -26,9 +28,10 @@ from cosyq.runtime.forward import TorchForward
 from cosyq.runtime.sampling import draws, sample
 from cosyq.voices.voice import Voice
 
-EngineName = Literal["reference", "unpacked", "bnb"]
-EngineChoice = Literal["auto", "reference", "unpacked", "bnb"]
-MATMULS: dict[EngineName, Matmul] = {"reference": "dequantize", "unpacked": "unpacked", "bnb": "bitsandbytes"}
+EngineName = Literal["fused", "reference", "unpacked", "bnb"]
+EngineChoice = Literal["auto", "fused", "reference", "unpacked", "bnb"]
+# `fused` begins as the reference and takes it apart.
+MATMULS: dict[EngineName, Matmul] = {"fused": "dequantize", "reference": "dequantize", "unpacked": "unpacked", "bnb": "bitsandbytes"}
 VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
 
@@ -184,10 +187,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_engine(name: EngineChoice, device: torch.device) -> EngineName:
-    """auto is `unpacked` on a CPU, where unpacking at every step takes most of the time, and `reference` elsewhere."""
+    """auto is `unpacked` on a CPU, where unpacking at every step takes most of the time, and on a GPU `fused` where it
+    runs, `reference` elsewhere.
+
+    Raises:
+        DeviceError: `fused` was asked for and does not run there.
+    """
     if name == "auto":
-        return "unpacked" if device.type == "cpu" else "reference"
+        return "unpacked" if device.type == "cpu" else "reference" if _obstacle(device) else "fused"
+    if name == "fused" and (obstacle := _obstacle(device)):
+        raise DeviceError(f"the engine fused needs {obstacle}", where=str(device), remedy="use --engine auto")
     return name
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """What `fused` lacks there."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability 8.0 or more, for products in bfloat16"
+    return None if find_spec("triton") else "the package triton, which torch's CUDA wheels bring"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

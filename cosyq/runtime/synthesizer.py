@@ -173,7 +173,7 @@ def load(
         artifact: a folder, or an artifact that was opened already.
         device: auto, cpu, cuda or cuda:N.
         dtype: what matrix products are computed in: auto, bf16, fp16 or fp32.
-        engine: auto, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
+        engine: auto, `fused`, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
 
     Raises:
         ArtifactError: it is missing, damaged or too new.
@@ -182,5 +182,9 @@ def load(
     started = time.perf_counter()
     opened = artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact))
     place = pick_device(device)
-    networks = TorchEngine(opened, pick_engine(engine, place), place, pick_dtype(dtype, place))
-    return Synthesizer(opened, networks, time.perf_counter() - started)
+    name, arithmetic = pick_engine(engine, place), pick_dtype(dtype, place)
+    if name == "fused":
+        from cosyq.runtime.fused import FusedEngine  # Triton is not everywhere
+
+        return Synthesizer(opened, FusedEngine(opened, place, arithmetic), time.perf_counter() - started)
+    return Synthesizer(opened, TorchEngine(opened, name, place, arithmetic), time.perf_counter() - started)
