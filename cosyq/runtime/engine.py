@@ -9,6 +9,7 @@ products, for comparison.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -35,13 +36,29 @@ MATMULS: dict[EngineName, Matmul] = {"fused": "dequantize", "reference": "dequan
 VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """All of an utterance's speech ids so far, to be rendered after the prompt of a voice."""
+
+    tokens: list[int]
+    voice: Voice
+    streaming: bool
+    final: bool
+    steps: int
+
+
 class Engine(Protocol):
-    """What a synthesizer needs of an engine. Everything in and out is on the host."""
+    """What a synthesizer needs of an engine. Everything in and out is on the host.
+
+    weights: bytes of each stage, on the device.
+    flow_frames: so many frames of several utterances, prompts included, are worth rendering together; 0 is none.
+    """
 
     name: str
     config: ModelConfig
     device: torch.device
-    weights: dict[str, int]  # bytes of each stage, on the device
+    weights: dict[str, int]
+    flow_frames: int
 
     def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
         """Text ids, then speech ids, for the language model: [n, hidden] float32, on the engine's device."""
@@ -73,6 +90,9 @@ class Engine(Protocol):
         `between` is called between the steps of the work, as far as it has any, and may end it by an exception.
         """
 
+    def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
+        """`mel` of several utterances, of the same number of steps, side by side."""
+
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
         """The next samples of an utterance for its next frames [mel, t]: [n] float32 on the host."""
 
@@ -83,6 +103,8 @@ class TorchEngine:
     Raises:
         DeviceError: the device is missing or too small.
     """
+
+    flow_frames = 0
 
     def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
         matmul = MATMULS[name]
@@ -149,6 +171,12 @@ class TorchEngine:
         if not torch.isfinite(mel).all():
             raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
         return mel
+
+    def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
+        return [
+            self.mel(c.tokens, c.voice, streaming=c.streaming, final=c.final, steps=c.steps, between=between)
+            for c in chunks
+        ]
 
     @torch.inference_mode()
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:

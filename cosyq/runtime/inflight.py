@@ -17,9 +17,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Unpack
 
 import torch
+from torch import Tensor
 
 from cosyq.errors import CosyqError, DeviceError
 from cosyq.runtime.batch import News
@@ -134,9 +136,9 @@ class InFlight:
     def _turn(self) -> bool:
         """A step for every row, and perhaps a render; whether there was anything to do."""
         worked = self._advance()
-        if (chosen := self._choose()) is not None:
+        if chosen := self._choose():
             self._held = 0
-            self._attempt(chosen, self._render)
+            self._render(chosen)
             return True
         return worked
 
@@ -236,24 +238,56 @@ class InFlight:
             flight.clock.ended(finish)
         self._leave(flight)
 
-    def _choose(self) -> Flight | None:
-        """Whose chunk to render."""
+    def _choose(self) -> list[Flight]:
+        """Whose chunks to render: the most urgent one, and those beside it for which that is as urgent."""
         due = [f for f in self._active if f.lines and f.lines[0].rendering.due is not None]
+        due.sort(key=lambda flight: flight.dry_at)  # and who has no audio yet in order of arrival
         if not due:
-            return None
-        driest = min(due, key=lambda flight: flight.dry_at)  # the first of those that have none yet
+            return []
+        driest = due[0]
         expecting = any(not f.started and f.line_drawn for f in self._active)
         can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
-        return None if can_wait and expecting and self._held < STEPS_HELD else driest
+        if can_wait and expecting and self._held < STEPS_HELD:
+            return []
+        room, steps = self.tts.engine.flow_frames - driest.lines[0].rendering.frames, driest.lines[0].rendering.steps
+        chosen = [driest]
+        for flight in due[1:]:
+            rendering = flight.lines[0].rendering
+            if bool(flight.started) == bool(driest.started) and rendering.steps == steps and rendering.frames <= room:
+                chosen.append(flight)
+                room -= rendering.frames
+        return chosen
 
-    def _render(self, flight: Flight) -> bool:
+    def _render(self, flights: list[Flight]) -> None:
+        """One chunk of each; side by side in the flow, one after the other in the vocoder, which is short."""
+
+        def between() -> None:
+            self._advance()
+            if self._closed or not any(flight in self._active for flight in flights):
+                raise _AbandonedError
+
+        try:
+            mels = self.tts.engine.mels([f.lines[0].rendering.chunk for f in flights], between=between)
+        except _AbandonedError:
+            return
+        except Exception as error:
+            why = self._explain(error)
+            for flight in flights:
+                self._end(flight, why)
+            return
+        for flight, mel in zip(flights, mels, strict=True):
+            self._attempt(flight, partial(self._sound, mel=mel))
+
+    def _sound(self, flight: Flight, mel: Tensor) -> bool:
+        """Give a flight the samples of its chunk."""
+
         def between() -> None:
             self._advance()
             if flight not in self._active or self._closed:
                 raise _AbandonedError
 
         line = flight.lines[0]
-        samples = line.rendering.next(between)
+        samples = line.rendering.take(mel, between)
         assert flight.clock is not None
         if line.lead:
             lead, line.lead = line.lead, 0

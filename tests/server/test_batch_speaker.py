@@ -26,7 +26,8 @@ class Slowed:
     def __init__(self, engine):
         self._engine, self.name, self.weights = engine, engine.name, engine.weights
         self.config, self.device = engine.config, engine.device
-        self.embed, self.mel, self.samples = engine.embed, engine.mel, engine.samples
+        self.embed, self.mels, self.samples = engine.embed, engine.mels, engine.samples
+        self.flow_frames = 0
         self.delay, self.error, self.endless, self.steps = 0.0, None, False, 0
 
     def decoder(self, rows, **bounds):
@@ -159,7 +160,7 @@ def test_a_cancelled_request_is_let_go_of_within_100_ms(speaker, engine, early):
 def test_runaway_speech_is_cut_in_proportion_to_the_text(speaker, engine):
     """A model that finds no end. The library's own bound is 0.8 seconds a text token, of which these letters have two."""
     engine.endless = True
-    engine.mel = lambda tokens, voice, **_: torch.zeros(80, 2 * len(tokens))
+    engine.mels = lambda chunks, **_: [torch.zeros(80, 2 * len(chunk.tokens)) for chunk in chunks]
     engine.samples = lambda mel, state, **_: torch.zeros(480 * mel.shape[1])
     text = "ŵŷ" * 4
 
