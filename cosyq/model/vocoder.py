@@ -44,6 +44,23 @@ class StreamState:
         self.put(key, joined[..., joined.shape[-1] - keep :])
         return joined
 
+    def admit(self, mel: Tensor, lookahead: int, final: bool) -> tuple[Tensor, int]:
+        """Take in the next frames [b, mel, t]; returns those from `frames_out` on, and how many can be rendered now.
+
+        `lookahead` frames follow the last of these, zeros after the end.
+        """
+        if self.finished:
+            raise ValueError("this utterance was finished; start another with a fresh StreamState")
+        self.finished = final
+        self.frames_in += mel.shape[-1]
+        held = self.take("mel")
+        mel = mel if held is None else torch.cat([held, mel], dim=-1)
+        if final:
+            mel = F.pad(mel, (0, lookahead))
+        count = max(self.frames_in - (0 if final else lookahead) - self.frames_out, 0)
+        self.put("mel", mel[..., count:])
+        return mel, count
+
     def take(self, key: str) -> Tensor | None:
         return self._tails.get(key)
 
@@ -236,21 +253,9 @@ class Vocoder(nn.Module):
         Returns samples [b, n] float32. Over an utterance of T frames the calls sum up to T * samples_per_frame.
         """
         c = self.config
-        if state.finished:
-            raise ValueError("this utterance was finished; start another with a fresh StreamState")
-        state.finished = final
-        held = state.take("mel")
-        mel = mel if held is None else torch.cat([held, mel], dim=-1)  # frames_out .. frames_in, and one before
-        state.frames_in += mel.shape[-1] - (0 if held is None else held.shape[-1])
-        ready = state.frames_in if final else max(state.frames_in - self.lookahead, 0)
-        count = ready - state.frames_out
-        if final:
-            mel = F.pad(mel, (0, self.lookahead))
-        if count <= 0:
-            state.put("mel", mel)
+        mel, count = state.admit(mel, self.lookahead, final)
+        if count == 0:
             return mel.new_zeros(mel.shape[0], 0)
-        state.put("mel", mel[..., count:])
-
         spectrum = self._source_spectrum(mel, count, state, noise, final)
         x = self.conv_pre(mel[..., : count + self.conv_pre.past])
         wav = self._overlap_add(self._generate(x, spectrum, state), state, final)
