@@ -45,16 +45,30 @@ class Rows:
 
 
 @triton.jit
-def _snake(y, alpha):
-    """y + sin^2(alpha y) / alpha; sin(pi t) by its series, after reduction to half a turn: sin^2 has a period of pi."""
-    t = y * alpha * 0.3183098861837907
-    t -= tl.floor(t + 0.5)
+def _sine_of_turns(t):
+    """sin(pi t) for t in -0.5 .. 0.5."""
     u = t * t
     s = -0.007370430945714351 * u + 0.08214588661112823
     s = s * u - 0.5992645293207921
     s = s * u + 2.550164039877345
     s = s * u - 5.16771278004997
-    s = t * (s * u + 3.141592653589793)
+    return t * (s * u + 3.141592653589793)
+
+
+@triton.jit
+def _sine(x):
+    """sin(x) to 1e-7 of x: for the thousands and millions the library's is exact, at ten times the cost."""
+    t = x * 0.3183098861837907
+    k = tl.floor(t + 0.5)
+    s = _sine_of_turns(t - k)
+    return tl.where(k == 2 * tl.floor(k * 0.5), s, -s)
+
+
+@triton.jit
+def _snake(y, alpha):
+    """y + sin^2(alpha y) / alpha, of which the period is pi."""
+    t = y * alpha * 0.3183098861837907
+    s = _sine_of_turns(t - tl.floor(t + 0.5))
     return y + s * s / (alpha + 1e-9)
 
 
@@ -468,9 +482,11 @@ def _overlap_add_kernel(
         magnitude = tl.exp(tl.load(x + at, mask=mask, other=0.0))
         magnitude = tl.where(magnitude > MOST, MOST, magnitude)  # a minimum would hide what is not a number
         magnitude = tl.where(mask, magnitude, 0.0)
-        angle = tl.sin(tl.load(x + at + BINS, mask=mask, other=0.0))
-        total += tl.dot(magnitude * tl.cos(angle), tl.load(real + q * NB * NH + table), input_precision="ieee")
-        total += tl.dot(magnitude * tl.sin(angle), tl.load(imaginary + q * NB * NH + table), input_precision="ieee")
+        angle = _sine(tl.load(x + at + BINS, mask=mask, other=0.0))
+        u = angle * angle  # at most 1
+        cosine = 1 + u * (-1 / 2 + u * (1 / 24 + u * (-1 / 720 + u * (1 / 40320 - u / 3628800))))
+        total += tl.dot(magnitude * cosine, tl.load(real + q * NB * NH + table), input_precision="ieee")
+        total += tl.dot(magnitude * _sine(angle), tl.load(imaginary + q * NB * NH + table), input_precision="ieee")
         weight += tl.where(valid[:, None], tl.load(weights + q * NH + j)[None, :], 0.0)
     y = total / weight
     y = tl.where(y > LIMIT, LIMIT, tl.where(y < -LIMIT, -LIMIT, y))
