@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosyq.kernels import vocoder as kernels
-from cosyq.kernels.vocoder import Activation, Extent, Rows
+from cosyq.kernels.excitation import excite, pitch_conv, transform
+from cosyq.kernels.streaming import Extent, Rows
+from cosyq.kernels.vocoder import Activation, Conv, conv, mix, overlap_add
 from cosyq.model.vocoder import MAX_MAGNITUDE, NOISE_FRAMES, StreamState, Vocoder, excitation_noise
-from cosyq.runtime.vocoder_weights import Pair, Stage, Weights, pack
+from cosyq.runtime.vocoder_buffers import Buffers, Tails, split
+from cosyq.runtime.vocoder_weights import Pair, Stage, pack
 
-CHUNK = 100  # frames
-MARGIN = 64  # rows of past in front of a buffer
+CHUNK = 100  # frames: the reference's, too
 KEPT_NOISE = 60  # blocks of noise that stay on the device, 96 KB each
 POST_SLOPE = 0.01  # of the leaky ReLU in front of the last convolution, torch's own
 
@@ -26,17 +27,21 @@ class FusedVocoder:
     Buffers belong to this object and a stream's tails are copied in and out of them, so one thread may render, and any
     number of utterances by turns.
 
+    Args:
+        dtype: of the convolutions' weights and activations.
+        chunk: the most frames at a time; buffers are as long.
+
     Raises:
-        DeviceError: the weights do not fit float16, or the dimensions are none that the kernels know.
+        DeviceError: the weights do not fit `dtype`, or the dimensions are none that the kernels know.
     """
 
-    def __init__(self, vocoder: Vocoder, dtype: torch.dtype = torch.float16):
-        self.config, self.lookahead = vocoder.config, vocoder.lookahead
+    def __init__(self, vocoder: Vocoder, dtype: torch.dtype = torch.float16, chunk: int = CHUNK):
+        self.config, self.lookahead, self.chunk = vocoder.config, vocoder.lookahead, chunk
         self.device = vocoder.conv_pre.weight.device
         self._weights = pack(vocoder, dtype)
-        self._noise = MergedNoise(vocoder)
-        self._tails = Tails(_tail_sizes(self._weights), self.device)
-        self._buffers = Buffers(self._weights, self.lookahead, self.device)
+        self._noise = MergedNoise(vocoder, chunk)
+        self._tails = Tails(self._weights)
+        self._buffers = Buffers(self._weights, chunk, self.lookahead)
         self._graph = self._record() if self.device.type == "cuda" else None
 
     @torch.inference_mode()
@@ -44,8 +49,8 @@ class FusedVocoder:
         """As `Vocoder.render`, batch 1: mel [1, mel, t] float32 -> samples [1, n] float32."""
         mel, count = state.admit(mel, self.lookahead, final)
         parts = [mel.new_zeros(0)]
-        for begin in range(0, count, CHUNK):
-            frames = min(CHUNK, count - begin)
+        for begin in range(0, count, self.chunk):
+            frames = min(self.chunk, count - begin)
             window = mel[0, :, begin : begin + frames + self.lookahead]
             parts.append(self._chunk(window, frames, state, final and begin + frames == count, noise))
         return torch.cat(parts).unsqueeze(0)
@@ -81,46 +86,41 @@ class FusedVocoder:
     def _launch(self) -> None:
         """One chunk, from `counts`, `mel`, the noise and the tails before to `wav` and the tails after."""
         c, w, b = self.config, self._weights, self._buffers
-        slope, frames = c.lrelu_slope, Extent(CHUNK, 1)
+        slope, frames = c.lrelu_slope, Extent(self.chunk, 1)
         spectrum = self._excitation()
-        low = Activation(self._rows("low0", b.low(w.pre.outputs)), w.stages[0].up.taps, slope=slope)
+        low = Activation(self._rows("low0", split(b.low, 1, w.pre.outputs)), w.stages[0].up.taps, slope=slope)
         ahead = b.mel[w.pre.taps[0] - 1 :]  # a causal convolution's row 0 is its last tap's
-        kernels.conv(ahead, w.pre, b.counts, rows=frames, act=low)
+        conv(ahead, w.pre, b.counts, rows=frames, act=low)
         for i, stage in enumerate(w.stages):
             last = i == len(w.stages) - 1
-            rows = Extent(CHUNK, stage.rate, extra=last)
+            rows = Extent(self.chunk, stage.rate, extra=last)
             taps = w.post.taps if last else w.stages[i + 1].up.taps
-            into = self._rows(f"low{i + 1}", b.low(stage.down.outputs))
+            into = self._rows(f"low{i + 1}", split(b.low, 1, stage.down.outputs))
             act = Activation(into, taps, slope=POST_SLOPE if last else slope)
             self._stage(f"stage{i}", stage, low.into, frames, spectrum, rows, act)
             low, frames = act, rows
         head = Activation(self._rows("head", b.head), (c.n_fft // c.hop,), slope=1.0)
-        kernels.conv(low.into, w.post, b.counts, rows=frames, act=head)
-        kernels.overlap_add(
-            head.into, w.inverse, b.counts, rows=frames, limit=c.audio_limit, most=MAX_MAGNITUDE, out=b.wav
-        )
+        conv(low.into, w.post, b.counts, rows=frames, act=head)
+        overlap_add(head.into, w.inverse, b.counts, rows=frames, limit=c.audio_limit, most=MAX_MAGNITUDE, out=b.wav)
 
     def _excitation(self) -> Rows:
         """The spectrum of the excitation, from the pitch of the mel's frames."""
         c, w, b = self.config, self._weights, self._buffers
         x: Rows | Tensor = b.mel
         for i, layer in enumerate(w.pitch):
-            past = w.pitch[i + 1].weight.shape[0] - 1 if i + 1 < len(w.pitch) else 0
             into = self._rows(f"pitch{i}", b.hidden[i % 2])
-            kernels.pitch_conv(x, layer, b.counts, rows=CHUNK + 1, past=past, into=into)
+            pitch_conv(x, layer, b.counts, rows=self.chunk + 1, past=w.pitch_pasts[i], into=into)
             x = into
         frames, spectrum = self._rows("frames", b.frames), self._rows("spectrum", b.spectrum)
-        kernels.excitation(
-            into, w.source, b.counts, rows=CHUNK + 1, f0=b.f0, into=frames, phase=self._tails.views("phase")
-        )
-        kernels.spectrum(
+        excite(into, w.source, b.counts, rows=self.chunk + 1, f0=b.f0, into=frames, phase=self._tails.views("phase"))
+        transform(
             frames,
             self._noise.merged,
             w.basis,
             b.counts,
-            rows=Extent(CHUNK, c.stft_per_frame, extra=True),
+            rows=Extent(self.chunk, c.stft_per_frame, extra=True),
             hop=c.hop,
-            past=_spectrum_past(w),
+            past=w.spectrum_past,
             into=spectrum,
         )
         return spectrum
@@ -130,15 +130,15 @@ class FusedVocoder:
     ) -> None:
         """Upsample the rows of `low`, mix in the excitation, and leave act(mean of the residual blocks)."""
         b, channels = self._buffers, stage.down.outputs
-        up, x = b.up(channels), b.x(channels)
-        raw = b.raw(len(stage.blocks[0].first.taps), channels)
-        kernels.conv(low, stage.up, b.counts, rows=frames, raw=up)
+        up, x = split(b.up, 1, channels), split(b.x, 1, channels)
+        raw = split(b.raw, len(stage.blocks[0].first.taps), channels)
+        conv(low, stage.up, b.counts, rows=frames, raw=up)
         into_source = self._entry(f"{name}.source", stage.source, 0)
-        kernels.conv(spectrum, stage.down, b.counts, rows=rows, raw=x, act=into_source)
+        conv(spectrum, stage.down, b.counts, rows=rows, raw=x, act=into_source)
         into_blocks = self._entry(f"{name}.blocks", stage.blocks, 0)
         self._chain(f"{name}.source", stage.source, rows, x, x, act=into_blocks, other=up)
         self._chain(f"{name}.blocks", stage.blocks, rows, x, raw)
-        kernels.mix(raw, b.counts, rows=rows, act=act)
+        mix(raw, b.counts, rows=rows, act=act)
 
     def _chain(
         self,
@@ -158,7 +158,7 @@ class FusedVocoder:
             inner = Activation(
                 self._acts(f"{name}.{j}.second", 1, pair.second), pair.second.taps, alpha=pair.second_alpha
             )
-            kernels.conv(
+            conv(
                 self._acts(f"{name}.{j}.first", 0, pair.first),
                 pair.first,
                 counts,
@@ -166,7 +166,7 @@ class FusedVocoder:
                 dilation=pair.dilation,
                 act=inner,
             )
-            kernels.conv(
+            conv(
                 inner.into,
                 pair.second,
                 counts,
@@ -183,109 +183,11 @@ class FusedVocoder:
         into = self._acts(f"{name}.{j}.first", 0, pair.first)
         return Activation(into, pair.first.taps, pair.dilation, alpha=pair.first_alpha)
 
-    def _acts(self, name: str, side: int, layer: kernels.Conv) -> Rows:
-        return self._rows(name, self._buffers.acts(side, len(layer.taps), layer.inputs))
+    def _acts(self, name: str, side: int, layer: Conv) -> Rows:
+        return self._rows(name, split(self._buffers.acts[side], len(layer.taps), layer.inputs))
 
     def _rows(self, name: str, data: Tensor) -> Rows:
-        return Rows(data, MARGIN, *self._tails.views(name))
-
-
-def _spectrum_past(weights: Weights) -> int:
-    """Frames of the excitation's spectrum that the strided convolutions reach back for."""
-    return max(stage.down.stride for stage in weights.stages)
-
-
-def _tail_sizes(w: Weights) -> dict[str, tuple[int, torch.dtype]]:
-    """How many numbers of each buffer the next chunk needs; the names are those that `FusedVocoder` launches with."""
-    half, double = w.pre.weight.dtype, torch.float64
-    ups = [(stage.up.taps[0] - 1) * stage.up.inputs for stage in w.stages]
-    sizes = {f"low{i}": (count, half) for i, count in enumerate([*ups, (w.post.taps[0] - 1) * w.post.inputs])}
-    for i, stage in enumerate(w.stages):
-        for kind, pairs in (("source", stage.source), ("blocks", stage.blocks)):
-            for j, pair in enumerate(pairs):
-                past = (sum(pair.first.taps) - len(pair.first.taps)) * pair.first.inputs
-                sizes[f"stage{i}.{kind}.{j}.first"] = past * pair.dilation, half
-                sizes[f"stage{i}.{kind}.{j}.second"] = past, half
-    sizes["spectrum"] = _spectrum_past(w) * w.basis.shape[1], half
-    for i, layer in enumerate(w.pitch):
-        taps = w.pitch[i + 1].weight.shape[0] if i + 1 < len(w.pitch) else 1
-        sizes[f"pitch{i}"] = (taps - 1) * layer.weight.shape[2], double
-    sizes["phase"] = w.source.merge.shape[0], double
-    sizes["frames"] = 2 * 2, torch.float32
-    sizes["head"] = (w.inverse.real.shape[0] - 1) * w.post.outputs, torch.float32
-    return sizes
-
-
-class Tails:
-    """What all buffers hand from chunk to chunk, in one piece each way: `before` and `after`, bytes."""
-
-    def __init__(self, sizes: dict[str, tuple[int, torch.dtype]], device: torch.device):
-        self._places: dict[str, tuple[slice, torch.dtype]] = {}
-        end = 0
-        for name, (count, dtype) in sizes.items():
-            begin, end = end, end + count * dtype.itemsize
-            self._places[name] = slice(begin, end), dtype
-            end += -end % 16
-        self.before = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.after = torch.zeros_like(self.before)
-
-    def views(self, name: str) -> tuple[Tensor, Tensor]:
-        place, dtype = self._places[name]
-        return self.before[place].view(dtype), self.after[place].view(dtype)
-
-    def load(self, kept: Tensor | None) -> None:
-        """An utterance starts with zeros."""
-        if kept is None:
-            self.before.zero_()
-        else:
-            self.before.copy_(kept)
-
-
-class Buffers:
-    """What the kernels read and write, for the longest chunk; the stages use the same memory one after the other."""
-
-    def __init__(self, w: Weights, lookahead: int, device: torch.device):
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        dtype = w.pre.weight.dtype
-        frames = MARGIN + CHUNK + 1 + kernels.ROWS
-        last = MARGIN + CHUNK * w.stages[-1].rate + 1 + kernels.ROWS
-        largest = max((MARGIN + CHUNK * s.rate + 1 + kernels.ROWS) * s.down.outputs for s in w.stages)
-        blocks = len(w.stages[0].blocks[0].first.taps)
-        self.counts = zeros(kernels.COUNTS, dtype=torch.int32)
-        self.mel = zeros(CHUNK + 1 + lookahead + kernels.ROWS, w.pre.inputs)
-        self.hidden = zeros(2, 1, frames, w.pitch[0].weight.shape[2], dtype=torch.float64)
-        self.f0 = zeros(CHUNK + 1)
-        self.frames = zeros(1, MARGIN + CHUNK + 1, 2)
-        self.spectrum = zeros(1, last, w.basis.shape[1], dtype=dtype)
-        self._low = zeros(max(largest, frames * w.pre.outputs), dtype=dtype)
-        self._up, self._x = zeros(2, largest, dtype=dtype)
-        self._raw = zeros(blocks * largest, dtype=dtype)
-        self._acts = zeros(2, blocks * largest, dtype=dtype)
-        self.head = zeros(1, last, w.post.outputs)
-        self.wav = zeros(last, w.inverse.hop)
-
-    def low(self, channels: int) -> Tensor:
-        return _split(self._low, 1, channels)
-
-    def up(self, channels: int) -> Tensor:
-        return _split(self._up, 1, channels)
-
-    def x(self, channels: int) -> Tensor:
-        return _split(self._x, 1, channels)
-
-    def raw(self, groups: int, channels: int) -> Tensor:
-        return _split(self._raw, groups, channels)
-
-    def acts(self, side: int, groups: int, channels: int) -> Tensor:
-        return _split(self._acts[side], groups, channels)
-
-
-def _split(memory: Tensor, groups: int, channels: int) -> Tensor:
-    """[groups, as many rows as there is room for, channels]."""
-    rows = memory.numel() // (groups * channels)
-    return memory[: groups * rows * channels].view(groups, rows, channels)
+        return Rows(data, *self._tails.views(name))
 
 
 class MergedNoise:
@@ -295,13 +197,13 @@ class MergedNoise:
     behind is drawn again for every chunk.
     """
 
-    def __init__(self, vocoder: Vocoder):
+    def __init__(self, vocoder: Vocoder, chunk: int):
         c = self._config = vocoder.config
         self._weight = vocoder.source.linear.weight[0].float().cpu()
         self._block = NOISE_FRAMES * c.samples_per_frame
         self._kept = 0  # blocks
         self._room = KEPT_NOISE * self._block
-        size = self._room + (CHUNK + 2) * c.samples_per_frame
+        size = self._room + (chunk + 2) * c.samples_per_frame
         self.merged = torch.zeros(size, device=vocoder.conv_pre.weight.device)
 
     def place(self, first: int, count: int, given: Tensor | None) -> int:

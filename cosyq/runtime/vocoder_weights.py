@@ -1,8 +1,8 @@
 """A reference vocoder's weights as its kernels read them.
 
 Channels are padded by zeros to what a tensor core multiplies, side-by-side blocks lie one after the other, the longest
-kernel first, and three things are folded: repeating each frame `rate` times before a convolution makes it a convolution
-over frames with `rate` times the outputs; the noise of all harmonics is merged with the sines; windows are in the transforms.
+kernel first. Repeating each frame `rate` times before a convolution is folded into it: it becomes a convolution over
+frames with `rate` times the outputs, of a third of the work or less.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyq.errors import DeviceError
-from cosyq.kernels.vocoder import Conv, Inverse, PitchLayer, SourceConstants
+from cosyq.kernels.excitation import PitchLayer, SourceConstants
+from cosyq.kernels.streaming import MARGIN
+from cosyq.kernels.vocoder import Conv, Inverse
 from cosyq.model.config import VocoderConfig
-from cosyq.model.vocoder import PitchConv, ResBlock, Vocoder, hann
+from cosyq.model.vocoder import PitchConv, ResBlock, Vocoder
 
 REMEDY = "use --engine reference"
 
@@ -55,6 +57,16 @@ class Weights:
     basis: Tensor  # [n_fft, spectrum's channels] float32: windowed transform, real parts and then imaginary
     inverse: Inverse
 
+    @property
+    def pitch_pasts(self) -> tuple[int, ...]:
+        """Rows of each pitch layer's output that the next one reaches back for."""
+        return (*(layer.weight.shape[0] - 1 for layer in self.pitch[1:]), 0)
+
+    @property
+    def spectrum_past(self) -> int:
+        """Frames of the excitation's spectrum that the strided convolutions reach back for."""
+        return max(stage.down.stride for stage in self.stages)
+
 
 def pack(vocoder: Vocoder, dtype: torch.dtype) -> Weights:
     """The weights on the vocoder's device, in memory of their own; those of the convolutions as `dtype`.
@@ -90,8 +102,16 @@ def pack(vocoder: Vocoder, dtype: torch.dtype) -> Weights:
 
 
 def _check(c: VocoderConfig) -> None:
-    same = all(dilations == c.resblock_dilations[0] for dilations in c.resblock_dilations)
-    if not same or c.n_fft != 16 or c.n_fft % c.hop or c.samples_per_frame < c.n_fft:
+    dilation = max(d for dilations in (*c.resblock_dilations, *c.source_dilations) for d in dilations)
+    fits = (
+        all(dilations == c.resblock_dilations[0] for dilations in c.resblock_dilations)
+        and (max(*c.resblock_kernels, *c.source_kernels) - 1) * dilation <= MARGIN
+        and max(*c.f0_kernels, *c.upsample_kernels, c.stft_per_frame // c.upsample_rates[0]) <= MARGIN
+        and c.n_fft == 16
+        and c.n_fft % c.hop == 0
+        and c.samples_per_frame >= c.n_fft
+    )
+    if not fits:
         raise DeviceError("the vocoder's dimensions are none that its kernels know", remedy=REMEDY)
 
 
@@ -154,10 +174,8 @@ def _alphas(alphas: Sequence[Tensor]) -> Tensor:
 
 
 def _pitch_layer(conv: PitchConv) -> PitchLayer:
-    """Weight norm stays unfolded: its product, like everything here, is float64's."""
-    direction = conv.weight_v.float()
-    scale = (conv.weight_g.double() / direction.double().norm(dim=(1, 2), keepdim=True)).flatten()
-    return PitchLayer(_taps_first(direction), _padded(scale), _padded(conv.bias.double()))
+    """The direction stays float32 as it was published, half the bytes; its length goes to the outputs, in float64."""
+    return PitchLayer(_taps_first(conv.weight_v.float()), _padded(conv.scale), _padded(conv.bias.double()))
 
 
 def _source_constants(vocoder: Vocoder) -> SourceConstants:
