@@ -1,5 +1,6 @@
 """The vocoder's excitation: from mel frames to the spectrum of a sine and noise signal, chunk by chunk.
 
+It runs one frame ahead of the rest, since a centred transform does: a first chunk has a pitch more than frames.
 Pitch and phase are float64, and their roundings to float32 those of the reference: the network was trained on them.
 """
 
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cosyq.kernels.streaming import FINAL, FIRST, FRAMES, NOISE, PITCHES, Extent, Rows, Tile, emit
+from cosyq.kernels.streaming import FINAL, FIRST, FRAMES, NOISE, Extent, Rows, Tile, emit
 
 
 @triton.jit
@@ -20,15 +21,16 @@ def _pitch_conv_kernel(
     TAPS: tl.constexpr, AHEAD: tl.constexpr, PAST: tl.constexpr, CI: tl.constexpr, CO: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.load(counts + PITCHES)
+    first = tl.load(counts + FIRST)
+    n = tl.load(counts + FRAMES) + first
     first_row = tl.program_id(0) * BT
-    if (first_row >= n) & (first_row > 0):
+    if first_row >= n:
         return
     if AHEAD:  # the mel starts at the frame before, but for the first chunk
-        base = 1 - tl.load(counts + FIRST)
+        base = 1 - first
     else:
         base = 1 - TAPS
-    rows = tl.minimum(first_row + tl.arange(0, BT), tl.maximum(n - 1, 0))
+    rows = tl.minimum(first_row + tl.arange(0, BT), n - 1)
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     steps: tl.constexpr = CI // BK
@@ -69,7 +71,7 @@ def pitch_conv(x: Rows | Tensor, layer: PitchLayer, counts: Tensor, *, rows: int
 
 @triton.jit
 def _pitch_kernel(x, weight, bias, f0, counts, C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
-    n = tl.load(counts + PITCHES)
+    n = tl.load(counts + FRAMES) + tl.load(counts + FIRST)
     rows = tl.program_id(0) * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
     products = tl.zeros([BT, BK], tl.float64)
@@ -85,14 +87,14 @@ def _excite_kernel(
     SAMPLE_RATE: tl.constexpr, SAMPLES: tl.constexpr, SINE: tl.constexpr, NOISE_STD: tl.constexpr, VOICED: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    n = tl.load(counts + PITCHES)
+    n = tl.load(counts + FRAMES) + tl.load(counts + FIRST)
     rows = tl.arange(0, BT)
     h = tl.arange(0, BH)
     pitch = tl.load(f0 + rows, mask=rows < n, other=0.0)
     turns = tl.div_rn(pitch[:, None] * (h + 1).to(tl.float32)[None, :], tl.full([BT, BH], SAMPLE_RATE, tl.float32))
     turns -= tl.floor(turns)  # of one sample
     total = tl.cumsum(turns.to(tl.float64), 0) + tl.load(phase_in + h)[None, :]
-    tl.store(phase_out + h, tl.sum(tl.where((rows == tl.maximum(n - 1, 0))[:, None], total, 0.0), 0))
+    tl.store(phase_out + h, tl.sum(tl.where((rows == n - 1)[:, None], total, 0.0), 0))
     phase = total.to(tl.float32) * 2 * 3.141592653589793 * SAMPLES
     voiced = (pitch > VOICED).to(tl.float32)
     sines = tl.sum(tl.sin(phase) * SINE * tl.load(weight + h)[None, :], 1) * voiced

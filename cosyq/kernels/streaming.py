@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# counts, int32: mel frames, pitches, whether the chunk is the first and the last, where its noise starts
-FRAMES, PITCHES, FIRST, FINAL, NOISE = (tl.constexpr(i) for i in range(5))
-COUNTS = 5
+# counts, int32: mel frames, whether the chunk is the first and the last, where its noise starts
+FRAMES, FIRST, FINAL, NOISE = (tl.constexpr(i) for i in range(4))
+COUNTS = 4
 MARGIN = 64  # rows in front of a buffer: no reader looks further back
 _TAIL = tl.constexpr(MARGIN)
 

@@ -57,9 +57,8 @@ class FusedVocoder:
 
     def _chunk(self, window: Tensor, frames: int, state: StreamState, final: bool, noise: Tensor | None) -> Tensor:
         c, first = self.config, state.frames_out == 0
-        pitches = frames + first - final  # the excitation runs one frame ahead
         offset = self._noise.place(state.frames_out, frames + (not final), noise)
-        counts = torch.tensor([frames, pitches, first, final, offset], dtype=torch.int32)
+        counts = torch.tensor([frames, first, final, offset], dtype=torch.int32)
         self._buffers.counts.copy_(counts, non_blocking=True)
         self._buffers.mel[: window.shape[1], : c.mel_dim] = window.T
         self._tails.load(state.take("fused"))

@@ -160,17 +160,12 @@ def _pairs(blocks: Sequence[ResBlock], dtype: torch.dtype) -> tuple[Pair, ...]:
         Pair(
             first=_conv([block.convs1[j] for block in blocks], dtype),
             second=_conv([block.convs2[j] for block in blocks], dtype),
-            first_alpha=_alphas([block.activations1[j].alpha for block in blocks]),
-            second_alpha=_alphas([block.activations2[j].alpha for block in blocks]),
+            first_alpha=torch.stack([_padded(block.activations1[j].alpha.float()) for block in blocks]),
+            second_alpha=torch.stack([_padded(block.activations2[j].alpha.float()) for block in blocks]),
             dilation=blocks[0].convs1[j].dilation[0],
         )
         for j in range(len(blocks[0].convs1))
     )
-
-
-def _alphas(alphas: Sequence[Tensor]) -> Tensor:
-    """Padding channels are zeros, which Snake leaves zeros."""
-    return torch.stack([F.pad(a.float(), (0, width(len(a)) - len(a)), value=1.0) for a in alphas])
 
 
 def _pitch_layer(conv: PitchConv) -> PitchLayer:

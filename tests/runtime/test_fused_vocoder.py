@@ -104,7 +104,9 @@ def test_noise_is_the_same_kept_or_drawn(reference, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"resblock_dilations": ((1, 3), (1, 2))}, {"n_fft": 32}, {"resblock_kernels": (3, 29)}], ids=str
+    "change",
+    [{"resblock_dilations": ((1, 3), (1, 2))}, {"n_fft": 32, "hop": 8}, {"resblock_kernels": (3, 29)}],
+    ids=str,
 )
 def test_dimensions_that_no_kernel_knows(change):
     with pytest.raises(DeviceError, match="its kernels know; use --engine reference"):
