@@ -27,7 +27,7 @@ INT8_STEP = tl.constexpr(7.874015718698502e-3)  # as `quantize.formats` has it
 
 
 def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Tensor:
-    """Tiles of sequences of `lengths` frames and attention blocks of `blocks`, and empty ones up to `tiles`; on the host."""
+    """The tiles of sequences of `lengths` frames and `blocks`, and empty ones up to `tiles`; on the host."""
     table, start = [], 0
     for length, block in zip(lengths, blocks, strict=True):
         table += [(first, start, start + length, block) for first in range(start, start + length, TILE)]
@@ -45,7 +45,7 @@ def _unpack_rows(codes, scales, out, count, group, SIZE: tl.constexpr):
 
 
 def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """int8 codes [n] and the absmax of each run of n / len(scales), float32, to out [n] in its type."""
+    """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type."""
     count, size = codes.numel(), 4096
     _unpack_rows[(triton.cdiv(count, size),)](
         codes, scales, out, count, count // scales.numel(), SIZE=size, num_warps=8
@@ -65,7 +65,7 @@ def _unpack_blocks(codes, scales, levels, out, count, group, SIZE: tl.constexpr)
 
 
 def unpack_blocks(codes: Tensor, scales: Tensor, levels: Tensor, out: Tensor) -> None:
-    """4-bit codes, two a byte [n / 2], the absmax of each run and the sixteen levels, float32, to out [n] in its type."""
+    """4-bit codes, two a byte [n / 2], absmax of equal runs and the sixteen levels, float32, to out [n] in its type."""
     count, size = codes.numel(), 2048
     _unpack_blocks[(triton.cdiv(count, size),)](
         codes, scales, levels, out, count, 2 * count // scales.numel(), SIZE=size, num_warps=4
@@ -82,31 +82,34 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
 
 @triton.jit
 def _add_norm(
-    residual, y, gate, scale, shift, out, ADD: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr
-):
-    at = tl.arange(0, SIZE)
+    residual, y, gate, scale, shift, out,
+    ADD: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, SIZE)[None, :]
     there = at < DIM
-    row = tl.program_id(0).to(tl.int64) * DIM + at
-    x = tl.load(residual + row, mask=there, other=0.0)
+    place = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64) * DIM + at
+    x = tl.load(residual + place, mask=there, other=0.0)
     if ADD:
-        x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + row, mask=there, other=0.0).to(tl.float32)
-        tl.store(residual + row, x, mask=there)
-    centred = tl.where(there, x - tl.sum(x) / DIM, 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred) / DIM + EPS)
-    factor = 1 + tl.load(scale + at, mask=there, other=0.0)
-    moved = normed * factor + tl.load(shift + at, mask=there, other=0.0)
-    tl.store(out + row, moved.to(out.dtype.element_ty), mask=there)
+        x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(residual + place, x, mask=there)
+    centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
+    moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
+    tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
 
 
 def add_norm(
     residual: Tensor, added: tuple[Tensor, Tensor] | None, scale: Tensor, shift: Tensor, out: Tensor, eps: float
 ) -> None:
-    """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm."""
+    """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm.
+
+    The number of rows is a multiple of 4.
+    """
     rows, dim = residual.shape
     gate, y = added if added is not None else (scale, residual)
-    _add_norm[(rows,)](
+    _add_norm[(rows // 4,)](
         residual, y, gate, scale, shift, out,
-        ADD=added is not None, EPS=eps, DIM=dim, SIZE=triton.next_power_of_2(dim), num_warps=4,
+        ADD=added is not None, EPS=eps, DIM=dim, ROWS=4, SIZE=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
 
 
@@ -167,9 +170,7 @@ def _attend_keys(
 
 
 @triton.jit
-def _attend(
-    qkv, out, tiles, half, scale, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr
-):
+def _attend(qkv, out, tiles, half, scale, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr):
     tile = tiles + tl.program_id(0) * 4
     first, start, end, block = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     head = tl.program_id(1)
@@ -193,13 +194,16 @@ def _attend(
         state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
         state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
         state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
-        acc, most, total = state
+        acc, _, total = state
         target = out + (branch + rows[:, None]) * (HEADS * D) + head * D + channel[None, :]
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
 def attend(qkv: Tensor, tiles: Tensor, out: Tensor, heads: int) -> None:
-    """Attention of each sequence to itself, as far as its blocks let it; qkv [rows, 3 * heads * d], out [rows, heads * d]."""
+    """Attention of each sequence to itself, as far as its blocks let it.
+
+    qkv [rows, 3 * heads * d], out [rows, heads * d].
+    """
     rows, inner = out.shape
     d = inner // heads
     _attend[(tiles.shape[0], heads, 2)](
@@ -256,17 +260,20 @@ def conv_mish(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, ti
 
 
 @triton.jit
-def _guide(x, velocity, given, dt, half, guidance, MEL: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SIZE)
-    there = at < MEL
-    conditional = tl.load(velocity + row * MEL + at, mask=there).to(tl.float32)
-    free = tl.load(velocity + (half + row) * MEL + at, mask=there).to(tl.float32)
-    moved = tl.load(x + row * MEL + at, mask=there) + tl.load(dt) * ((1 + guidance) * conditional - guidance * free)
-    tl.store(x + row * MEL + at, moved, mask=there)
+def _guide(
+    x, velocity, given, dt, half, guidance,
+    MEL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    at = tl.arange(0, SIZE)[None, :]
+    there = (rows < half) & (at < MEL)
+    conditional = tl.load(velocity + rows * MEL + at, mask=there).to(tl.float32)
+    free = tl.load(velocity + (half + rows) * MEL + at, mask=there).to(tl.float32)
+    moved = tl.load(x + rows * MEL + at, mask=there) + tl.load(dt) * ((1 + guidance) * conditional - guidance * free)
+    tl.store(x + rows * MEL + at, moved, mask=there)
     rounded = moved.to(given.dtype.element_ty)
-    tl.store(given + row * WIDTH + at, rounded, mask=there)
-    tl.store(given + (half + row) * WIDTH + at, rounded, mask=there)
+    tl.store(given + rows * WIDTH + at, rounded, mask=there)
+    tl.store(given + (half + rows) * WIDTH + at, rounded, mask=there)
 
 
 def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, guidance: float) -> None:
@@ -275,7 +282,7 @@ def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, guidance: floa
     velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device.
     """
     half, mel = x.shape
-    _guide[(half,)](
+    _guide[(triton.cdiv(half, 8),)](
         x, velocity, given, dt, half, guidance,
-        MEL=mel, WIDTH=given.shape[1], SIZE=triton.next_power_of_2(mel), num_warps=1,
+        MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=triton.next_power_of_2(mel), num_warps=4,
     )  # fmt: skip

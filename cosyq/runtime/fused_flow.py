@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosyq.kernels import dit as kernels
 from cosyq.model.config import FlowConfig
-from cosyq.model.dit import NORM_EPS, Block, PositionalConv
+from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.formats import block_scales
 from cosyq.quantize.linear import DequantLinear
@@ -110,7 +111,7 @@ class FusedFlow:
     def _view(self, half: int, tiles: int) -> _View:
         if self._room is None or half > self._room.half or tiles > self._room.tiles:
             held = self._room
-            self._graphs.clear()  # they hold addresses
+            self._forget(len(self._graphs))  # they hold addresses
             self._room = None  # freed before its successor is allocated
             frames = max(-(-half // ROOM) * ROOM, held.half if held else 0)
             count = max(2 * frames // kernels.TILE, tiles, held.tiles if held else 0)
@@ -126,8 +127,15 @@ class FusedFlow:
             self._graphs[key].replay()
         else:
             if len(self._graphs) == GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
+                self._forget(GRAPHS // 2)
             self._graphs[key] = self._lane.run_and_capture(lambda: self._step(view))
+
+    def _forget(self, graphs: int) -> None:
+        """Let the oldest go."""
+        if graphs:
+            torch.cuda.synchronize(self.device)  # none may be running
+        for key in list(self._graphs)[:graphs]:
+            del self._graphs[key]
 
     def _step(self, v: _View) -> None:
         """x moves by one step of the timestep in `_row`."""
@@ -316,6 +324,9 @@ class _Packed:
             kernels.unpack_blocks(self.codes, self.scales, self.levels, out)
 
 
+_Part = tuple[Tensor | _Packed, Tensor]  # what to unpack, and where to
+
+
 @dataclass(frozen=True)
 class _Block:
     """A transformer block. Matrices are its own, or places in the scratch that are valid once unpacked."""
@@ -328,11 +339,11 @@ class _Block:
     out_bias: Tensor
     up_bias: Tensor
     down_bias: Tensor
-    qkv_parts: tuple[tuple[Tensor | _Packed, Tensor], ...]  # what to unpack, and where to
-    rest_parts: tuple[tuple[Tensor | _Packed, Tensor], ...]
+    qkv_parts: tuple[_Part, ...]
+    rest_parts: tuple[_Part, ...]
 
     @classmethod
-    def of(cls, block: Block, config: FlowConfig, scratch: Tensor) -> _Block:
+    def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
         a, f = block.attn, block.ff
         places = iter(scratch.split(_block_sizes(config)) if scratch.numel() else [scratch] * 4)
         qkv, qkv_parts = _matrix([a.to_q, a.to_k, a.to_v], next(places))
@@ -358,16 +369,13 @@ class _Block:
         _unpack(self.rest_parts)
 
 
-_Part = tuple[Tensor | _Packed, Tensor]
-
-
 def _block_sizes(c: FlowConfig) -> list[int]:
     """Numbers in a block's matrices: queries, keys and values together, out, up, down."""
     inner = c.heads * c.head_dim
     return [3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim]
 
 
-def _matrix(layers: Sequence[nn.Module], place: Tensor) -> tuple[Tensor, list[_Part]]:
+def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
     """Layers with one input as one matrix [outputs, width], and what must be unpacked to fill it.
 
     Only if none is packed it is a matrix of its own.
@@ -386,18 +394,15 @@ def _matrix(layers: Sequence[nn.Module], place: Tensor) -> tuple[Tensor, list[_P
 
 
 def _merged(parts: Sequence[_Part]) -> tuple[_Part, ...]:
-    """The same with neighbours of one kind made one, to be unpacked by one launch."""
+    """The same with neighbours of one kind made one, to be unpacked by one launch; their places follow each other."""
     merged: list[_Part] = []
     for source, place in parts:
-        if merged and isinstance(source, _Packed) and isinstance(merged[-1][0], _Packed):
-            before, at = merged[-1]
-            adjacent = at.data_ptr() + at.numel() * at.element_size() == place.data_ptr()
-            both = before.followed_by(source) if adjacent else None
-            if both is not None:
-                whole = at.as_strided((at.numel() + place.numel(),), (1,))
-                merged[-1] = (both, whole)
-                continue
-        merged.append((source, place))
+        before, start = merged[-1] if merged else (None, place)
+        both = before.followed_by(source) if isinstance(before, _Packed) and isinstance(source, _Packed) else None
+        if both is not None:
+            merged[-1] = (both, start.as_strided((both.count,), (1,)))
+        else:
+            merged.append((source, place))
     return tuple(merged)
 
 
@@ -409,7 +414,7 @@ def _unpack(parts: Sequence[_Part]) -> None:
             place.copy_(source)
 
 
-def _convolutions(conv: PositionalConv) -> list[tuple[Tensor, Tensor]]:
+def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
     """Weights [groups, taps, in, out] and biases."""
     found = []
     for layer in (conv.conv1, conv.conv2):

@@ -53,4 +53,8 @@ def _pack(weight: Tensor, fmt: Format) -> dict[str, Tensor]:
     blocks = weight.view(-1, fmt.blocksize)
     absmax, levels = blocks.abs().amax(dim=1), torch.tensor(NF4, device=weight.device)
     nearest = (blocks / absmax[:, None]).view(-1, 1).sub(levels).abs().argmin(dim=1).to(torch.uint8)
-    return {"weight": (nearest[0::2] << 4 | nearest[1::2])[:, None], "weight.absmax": absmax, "weight.quant_map": levels}
+    return {
+        "weight": (nearest[0::2] << 4 | nearest[1::2])[:, None],
+        "weight.absmax": absmax,
+        "weight.quant_map": levels,
+    }
