@@ -394,11 +394,14 @@ def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
 
 
 def _merged(parts: Sequence[_Part]) -> tuple[_Part, ...]:
-    """The same with neighbours of one kind made one, to be unpacked by one launch; their places follow each other."""
+    """The same with neighbours of one kind made one, to be unpacked by one launch."""
     merged: list[_Part] = []
     for source, place in parts:
         before, start = merged[-1] if merged else (None, place)
-        both = before.followed_by(source) if isinstance(before, _Packed) and isinstance(source, _Packed) else None
+        both = None
+        if isinstance(before, _Packed) and isinstance(source, _Packed):
+            adjacent = start.storage_offset() + start.numel() == place.storage_offset()
+            both = before.followed_by(source) if adjacent else None
         if both is not None:
             merged[-1] = (both, start.as_strided((both.count,), (1,)))
         else:
