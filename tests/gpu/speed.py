@@ -67,7 +67,9 @@ def measure(artifact: str, voice_file: str, engine: str) -> dict:
     def decode():
         part = Part(shown=shown, minimum=TOKENS, maximum=TOKENS)
         generator = torch.Generator().manual_seed(1)
-        return list(networks.speech_tokens([part], positions=len(text) + len(speech) + 2, room=TOKENS, generator=generator))
+        return list(
+            networks.speech_tokens([part], positions=len(text) + len(speech) + 2, room=TOKENS, generator=generator)
+        )
 
     def prefill():
         next(iter(networks.speech_tokens([Part(shown=shown, minimum=1, maximum=1)], positions=300, room=TOKENS,
