@@ -1,8 +1,8 @@
 """The flow on a GPU: packed weights unpacked a block at a time, steps as CUDA graphs, utterances side by side.
 
-A transformer block is four products by cuBLAS and three kernels (`kernels.dit`). The weights stay packed; every
-evaluation unpacks them into one block's worth of 16-bit scratch, in a second lane beside products that wait for others.
-One evaluation is a CUDA graph, captured behind the first use of its length, so that even a first utterance gains by it.
+A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
+evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that. One
+evaluation is a CUDA graph, captured while the first of its length runs, so that even a first utterance gains by it.
 What changes from step to step, the timestep's modulation and size, is copied in before each replay.
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from cosyq.kernels import dit as kernels
 from cosyq.model.config import FlowConfig
 from cosyq.model.dit import NORM_EPS
-from cosyq.model.flow import Flow, time_steps
+from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.formats import block_scales
 from cosyq.quantize.linear import DequantLinear
 
 BUCKET = 32  # frames; lengths are rounded up to share graphs
-ROOM = 1024  # frames; activations are held for so many, or the next multiple
+ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 64  # kept at most
 
 
@@ -64,9 +64,8 @@ class FusedFlow:
         del flow.estimator, flow.adaln
         self._room: _Room | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._lane: _Lane | None = None
-        if self.device.type == "cuda":
-            self._lane = _Lane(self.device)
+        # What is captured cannot be on the default stream.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(
         self,
@@ -78,12 +77,16 @@ class FusedFlow:
         streaming: bool,
         final: bool,
         steps: int,
+        between: Callable[[], None] = nothing,
     ) -> Tensor:
         """As `Flow.forward`."""
-        return self.solve([Utterance(tokens, speaker, prompt_mel, streaming, final)], noise, steps=steps)[0]
+        alone = Utterance(tokens, speaker, prompt_mel, streaming, final)
+        return self.solve([alone], noise, steps=steps, between=between)[0]
 
     @torch.inference_mode()
-    def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
+    def solve(
+        self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int, between: Callable[[], None] = nothing
+    ) -> list[Tensor]:
         """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
 
         What an utterance becomes depends on its neighbours by rounding at most.
@@ -103,6 +106,7 @@ class FusedFlow:
         view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
         view.begin(torch.cat(given), torch.cat([noise[:length] for length in lengths]))
         for row in table:
+            between()
             self._row.copy_(row)
             self._advance(view, (half, tiles))
         found = view.x[: sum(lengths)].split(lengths)
@@ -120,15 +124,31 @@ class FusedFlow:
         return self._room.view(half, tiles)
 
     def _advance(self, view: _View, key: tuple[int, int]) -> None:
-        """One Euler step: the first of a length launched and captured meanwhile, later ones replayed."""
-        if self._lane is None:
+        """One Euler step."""
+        if self._stream is None:
             self._step(view)
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
             if len(self._graphs) == GRAPHS:
                 self._forget(GRAPHS // 2)
-            self._graphs[key] = self._lane.run_and_capture(lambda: self._step(view))
+            self._graphs[key] = self._step_and_capture(view, self._stream)
+
+    def _step_and_capture(self, view: _View, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """Launch a step behind what the current stream holds, and capture another one meanwhile."""
+        current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # for cuBLAS; graphs take turns
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._step(view)
+            # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                self._step(view)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return graph
 
     def _forget(self, graphs: int) -> None:
         """Let the oldest go."""
@@ -143,72 +163,24 @@ class FusedFlow:
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
         (first, first_bias), (second, second_bias) = self._convolutions
-        self._beside(blocks[0].unpack_qkv)
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
         kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.normed)
         kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.residual)
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
-            following = blocks[index + 1] if index + 1 < len(blocks) else None
-            self._join()
-            self._beside(block.unpack_rest)
+            block.unpack()
             _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-            if following:
-                self._beside(following.unpack_qkv)
             kernels.rotate(v.qkv, v.rope, v.tiles)
             kernels.attend(v.qkv, v.tiles, v.context, c.heads)
-            self._join()
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
             kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
             _product(v.hidden, block.down, block.down_bias, v.change)
-            scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if following else (last_scale, last_shift)
+            scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
             kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, v.normed, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
         kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
-
-    def _beside(self, work: Callable[[], None]) -> None:
-        if self._lane is None:
-            work()
-        else:
-            self._lane.beside(work)
-
-    def _join(self) -> None:
-        if self._lane is not None:
-            self._lane.join()
-
-
-class _Lane:
-    """Two CUDA streams: one for a step, and one of lower priority for what may run beside it."""
-
-    def __init__(self, device: torch.device):
-        self._main = torch.cuda.Stream(device, priority=-1)
-        self._side = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()  # cuBLAS' workspace, shared by all graphs
-
-    def beside(self, work: Callable[[], None]) -> None:
-        self._side.wait_stream(self._main)
-        with torch.cuda.stream(self._side):
-            work()
-
-    def join(self) -> None:
-        self._main.wait_stream(self._side)
-
-    def run_and_capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """Launch a step after what the current stream holds, and capture it while it runs."""
-        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        self._main.wait_stream(current)
-        with torch.cuda.stream(self._main):
-            step()
-            # Not torch.cuda.graph, which collects garbage, waits for the device and empties the allocator's cache.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                step()
-            finally:
-                graph.capture_end()
-        current.wait_stream(self._main)
-        return graph
 
 
 @dataclass(frozen=True)
@@ -339,16 +311,15 @@ class _Block:
     out_bias: Tensor
     up_bias: Tensor
     down_bias: Tensor
-    qkv_parts: tuple[_Part, ...]
-    rest_parts: tuple[_Part, ...]
+    parts: tuple[_Part, ...]
 
     @classmethod
     def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
         a, f = block.attn, block.ff
-        places = iter(scratch.split(_block_sizes(config)) if scratch.numel() else [scratch] * 4)
-        qkv, qkv_parts = _matrix([a.to_q, a.to_k, a.to_v], next(places))
-        singles = [_matrix([layer], place) for layer, place in zip((a.to_out, f.up, f.down), places, strict=True)]
-        (out, _), (up, _), (down, _) = singles
+        places = scratch.split(_block_sizes(config)) if scratch.numel() else [scratch] * 4
+        groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
+        found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
+        qkv, out, up, down = (matrix for matrix, _ in found)
         return cls(
             qkv,
             out,
@@ -358,15 +329,15 @@ class _Block:
             a.to_out.bias,
             f.up.bias,
             f.down.bias,
-            _merged(qkv_parts),
-            _merged([part for _, parts in singles for part in parts]),
+            _merged([part for _, parts in found for part in parts]),
         )
 
-    def unpack_qkv(self) -> None:
-        _unpack(self.qkv_parts)
-
-    def unpack_rest(self) -> None:
-        _unpack(self.rest_parts)
+    def unpack(self) -> None:
+        for source, place in self.parts:
+            if isinstance(source, _Packed):
+                source.unpack(place)
+            else:
+                place.copy_(source)
 
 
 def _block_sizes(c: FlowConfig) -> list[int]:
@@ -407,14 +378,6 @@ def _merged(parts: Sequence[_Part]) -> tuple[_Part, ...]:
         else:
             merged.append((source, place))
     return tuple(merged)
-
-
-def _unpack(parts: Sequence[_Part]) -> None:
-    for source, place in parts:
-        if isinstance(source, _Packed):
-            source.unpack(place)
-        else:
-            place.copy_(source)
 
 
 def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
