@@ -95,6 +95,16 @@ class InFlight:
         self.submit(text, heard, **options)
         return heard.chunks()
 
+    def warm_up(self, text: str) -> None:
+        """Say a text to nobody; on a GPU in every size of a batch, so that no request waits for what is made once."""
+        sizes = {1}
+        if self.tts.engine.device.type == "cuda":
+            sizes |= {self.rows, *(1 << n for n in range(self.rows.bit_length()))}
+        for size in sorted(sizes):
+            for chunks in [self.stream(text, seed=seed) for seed in range(size)]:
+                for _ in chunks:
+                    pass
+
     def wake(self) -> None:
         """Have a look: somebody has left."""
         with self._changed:

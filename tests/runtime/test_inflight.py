@@ -387,5 +387,17 @@ def test_an_iterator_that_is_closed_gives_up_its_request(batch):
         list(batch.stream("..."))
 
 
+@pytest.mark.parametrize(("kind", "sizes"), [("cpu", {1}), ("cuda", {1, 2, 4})])
+def test_warming_up_takes_every_size_of_a_batch(tts, engine, kind, sizes):
+    """On a GPU, where each is compiled and recorded by itself; here only what is asked for is looked at."""
+    batch, seen = InFlight(cosyq.Synthesizer(tts.artifact, engine), rows=4), set()
+    advance = batch._decoder.advance
+    batch._decoder.advance = lambda rows, span: seen.add(rows) or advance(rows, span)
+    engine.device = torch.device(kind)
+    batch.warm_up("a")
+    batch.close()
+    assert seen == sizes
+
+
 def test_a_cpu_speaks_four_at_once(tts):
     assert rows_for(tts.engine) == 4
