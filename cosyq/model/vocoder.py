@@ -11,6 +11,8 @@ still wait for stay in the state until more arrive or the end is declared.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +45,23 @@ class StreamState:
         joined = torch.cat([past, x], dim=-1)
         self.put(key, joined[..., joined.shape[-1] - keep :])
         return joined
+
+    def admit(self, mel: Tensor, lookahead: int, final: bool) -> tuple[Tensor, int]:
+        """Take in the next frames [b, mel, t]; returns those from `frames_out` on, and how many can be rendered now.
+
+        `lookahead` frames follow the last of these, zeros after the end.
+        """
+        if self.finished:
+            raise ValueError("this utterance was finished; start another with a fresh StreamState")
+        self.finished = final
+        self.frames_in += mel.shape[-1]
+        held = self.take("mel")
+        mel = mel if held is None else torch.cat([held, mel], dim=-1)
+        if final:
+            mel = F.pad(mel, (0, lookahead))
+        count = max(self.frames_in - (0 if final else lookahead) - self.frames_out, 0)
+        self.put("mel", mel[..., count:])
+        return mel, count
 
     def take(self, key: str) -> Tensor | None:
         return self._tails.get(key)
@@ -109,7 +128,7 @@ class ResBlock(nn.Module):
 
 
 class PitchConv(nn.Module):
-    """A float64 convolution whose weight norm is folded at each use.
+    """A float64 convolution whose weight norm is folded at each use, into its outputs.
 
     The product of direction and length has to be taken in float64 too: rounded to float32 once, it moves
     the pitch by 2e-8 and, by way of the phase, the waveform by 1e-4.
@@ -122,11 +141,14 @@ class PitchConv(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(outputs, inputs, kernel))
         self.bias = nn.Parameter(torch.empty(outputs))
 
+    @property
+    def scale(self) -> Tensor:
+        """Length over direction's norm, [outputs] float64."""
+        return self.weight_g.double().flatten() / self.weight_v.flatten(1).double().norm(dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [b, inputs, t + past] -> [b, outputs, t], both float64."""
-        direction = self.weight_v.double()
-        weight = direction * (self.weight_g.double() / direction.norm(dim=(1, 2), keepdim=True))
-        return F.conv1d(x, weight, self.bias.double())
+        return F.conv1d(x, self.weight_v.double()) * self.scale[:, None] + self.bias.double()[:, None]
 
 
 class F0Predictor(nn.Module):
@@ -161,12 +183,16 @@ def excitation_noise(first: int, count: int, width: int, samples_per_frame: int)
     Indexed by position: seeded block by block, so a frame gets the same noise however it is reached,
     and no block of five minutes (260 MB, as in the original) is kept.
     """
-    blocks = []
-    for block in range(first // NOISE_FRAMES, (first + count - 1) // NOISE_FRAMES + 1):
-        generator = torch.Generator().manual_seed(NOISE_SEED + block)
-        blocks.append(torch.rand(NOISE_FRAMES * samples_per_frame, width, generator=generator))
+    numbers = range(first // NOISE_FRAMES, (first + count - 1) // NOISE_FRAMES + 1)
+    blocks = [_noise_block(number, width, NOISE_FRAMES * samples_per_frame) for number in numbers]
     offset = (first % NOISE_FRAMES) * samples_per_frame
     return torch.cat(blocks)[offset : offset + count * samples_per_frame]
+
+
+@functools.lru_cache(maxsize=4)  # chunks that are shorter than a block, or begin inside one, share it
+def _noise_block(number: int, width: int, samples: int) -> Tensor:
+    generator = torch.Generator().manual_seed(NOISE_SEED + number)
+    return torch.rand(samples, width, generator=generator)
 
 
 class HarmonicSource(nn.Module):
@@ -236,21 +262,9 @@ class Vocoder(nn.Module):
         Returns samples [b, n] float32. Over an utterance of T frames the calls sum up to T * samples_per_frame.
         """
         c = self.config
-        if state.finished:
-            raise ValueError("this utterance was finished; start another with a fresh StreamState")
-        state.finished = final
-        held = state.take("mel")
-        mel = mel if held is None else torch.cat([held, mel], dim=-1)  # frames_out .. frames_in, and one before
-        state.frames_in += mel.shape[-1] - (0 if held is None else held.shape[-1])
-        ready = state.frames_in if final else max(state.frames_in - self.lookahead, 0)
-        count = ready - state.frames_out
-        if final:
-            mel = F.pad(mel, (0, self.lookahead))
-        if count <= 0:
-            state.put("mel", mel)
+        mel, count = state.admit(mel, self.lookahead, final)
+        if count == 0:
             return mel.new_zeros(mel.shape[0], 0)
-        state.put("mel", mel[..., count:])
-
         spectrum = self._source_spectrum(mel, count, state, noise, final)
         x = self.conv_pre(mel[..., : count + self.conv_pre.past])
         wav = self._overlap_add(self._generate(x, spectrum, state), state, final)
