@@ -281,6 +281,11 @@ class InFlight:
         except _AbandonedError:
             return
         except Exception as error:
+            if len(flights) > 1 and not is_fatal(error):  # whose fault it was shows when each is alone
+                for flight in flights:
+                    if flight in self._active:
+                        self._render([flight])
+                return
             why = self._explain(error)
             for flight in flights:
                 self._end(flight, why)

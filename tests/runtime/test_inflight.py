@@ -270,16 +270,20 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     batch._active = []
 
 
-def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine):
+def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, voice):
+    """Also where one of them leaves meanwhile, and one cannot be rendered."""
     engine.flow_frames, engine.delay = 10_000, 0.01
-    batch = InFlight(cosyq.Synthesizer(tts.artifact, engine), rows=3)
+    engine.errors["bad"] = DeviceError("not finite")
+    batch = InFlight(cosyq.Synthesizer(tts.artifact, engine), rows=5)
     ears = [submit(batch, "hello there", seed=seed) for seed in range(3)]
+    bad = submit(batch, "hello there", voice=named(voice, "bad"))
     leaves = submit(batch, LONG)
     assert leaves.began.wait(20)
     leaves.cancel()
-    for ear in ears:
+    for ear in (*ears, bad):
         assert ear.over.wait(20)
     batch.close()
+    assert "not finite" in str(bad.error)
     assert max(len(work) for work in engine.done if isinstance(work, tuple)) > 1
     for seed, ear in enumerate(ears):
         np.testing.assert_array_equal(joined(ear.chunks), joined(tts.stream("hello there", seed=seed)))
