@@ -98,7 +98,7 @@ def _qkv(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, bias
 
 
 @triton.jit
-def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, out_ptr, stat_ptr, softmax_scale,
+def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, page_stride, out_ptr, stat_ptr, softmax_scale,
             pages_a_row: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
             PAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One page for one head of one row: its part of the sum, its largest score and its sum of weights.
@@ -111,7 +111,7 @@ def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, out_ptr, stat_ptr
     _wait(PDL)
     position = tl.load(position_ptr + row)
     if number * PAGE <= position:
-        page = tl.load(page_ptr + row * pages_a_row + number).to(tl.int64)
+        page = tl.load(page_ptr + row * page_stride + number).to(tl.int64)
         at, d = tl.arange(0, PAGE), tl.arange(0, DIM)
         tile = (page * KV_HEADS + kv_head) * PAGE * DIM + at[:, None] * DIM + d[None, :]
         seen = number * PAGE + at <= position
@@ -308,10 +308,17 @@ class Layer:
     down: Packed
 
 
-def attend(b: Buffers, keys: Tensor, values: Tensor, g: Geometry) -> None:
-    """`parts` and `stats` of b.q over the pages up to each row's position."""
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, pages: Tensor, parts: Tensor, stats: Tensor,
+    g: Geometry,
+) -> None:  # fmt: skip
+    """`parts` and `stats` of the rows' queries over the pages up to their positions; see `Buffers`.
+
+    pages: the rows' tables [rows, pages_a_row], or one table [pages_a_row] for all of them.
+    """
+    stride = pages.stride(0) if pages.dim() == 2 else 0
     _attend[(g.rows, g.heads, g.pages)](
-        b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g.dim**-0.5, pages_a_row=g.pages_a_row,
+        q, keys, values, positions, pages, stride, parts, stats, g.dim**-0.5, pages_a_row=g.pages_a_row,
         HEADS=g.heads, KV_HEADS=g.kv_heads, DIM=g.dim, PAGE=PAGE, **g.launch(4),
     )  # fmt: skip
 
@@ -326,7 +333,7 @@ def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometr
         b.q, keys, values, g.eps, pages_a_row=g.pages_a_row, PADDED=width, HEADS=g.heads, KV_HEADS=g.kv_heads,
         DIM=g.dim, PAIRS=pairs, PAGE=PAGE, ROWS=g.rows, **launch_sizes(layer.qkv), **g.launch(t.qkv[1]),
     )  # fmt: skip
-    attend(b, keys, values, g)
+    attend(b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g)
     _output[(triton.cdiv(layer.output.n, t.output[0]),)](
         b.parts, b.stats, b.positions, *layer.output.pointers, b.x, pages_a_row=g.pages_a_row, N=layer.output.n,
         HEADS=g.heads, DIM=g.dim, PAGE=PAGE, TILE=t.output[0], ROWS=g.rows, **launch_sizes(layer.output),

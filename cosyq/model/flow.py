@@ -93,6 +93,15 @@ class Flow(nn.Module):
         self.estimator = DiT(config, dtype)
         self.adaln = nn.ParameterDict({str(n): nn.Parameter(torch.empty(n, config.modulation_width)) for n in steps})
 
+    def condition(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, *, final: bool) -> Tensor:
+        """What the estimator is told of every frame, [frames, mel + token + mel] float32; arguments as in `forward`."""
+        embedded = self.token_embedding(tokens).float().unsqueeze(0)
+        mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
+        weight_dtype = self.speaker_proj.weight.dtype
+        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(weight_dtype)).float()
+        prompt = F.pad(prompt_mel, (0, 0, 0, mu.shape[0] - prompt_mel.shape[0]))
+        return torch.cat([prompt, mu, voice.expand(mu.shape[0], -1)], dim=-1)
+
     def forward(
         self,
         tokens: Tensor,
@@ -120,16 +129,10 @@ class Flow(nn.Module):
         Returns the mel of everything after the prompt, [mel, frames - p] float32.
         """
         table = self.adaln[str(steps)]
-        embedded = self.token_embedding(tokens).float().unsqueeze(0)
-        mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
-        frames, prompt_frames = mu.shape[0], prompt_mel.shape[0]
+        given = self.condition(tokens, speaker, prompt_mel, final=final)
+        frames, prompt_frames = given.shape[0], prompt_mel.shape[0]
         if frames > noise.shape[0]:
             raise ValueError(f"{frames} frames asked for, the fixed noise covers {noise.shape[0]}")
-
-        weight_dtype = self.speaker_proj.weight.dtype
-        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(weight_dtype)).float()
-        prompt = F.pad(prompt_mel, (0, 0, 0, frames - prompt_frames))
-        given = torch.cat([prompt, mu, voice.expand(frames, -1)], dim=-1)
         condition = torch.stack([given, torch.zeros_like(given)])  # the second branch is unconditional
 
         mask = block_causal_mask(frames, self.config.chunk_frames, tokens.device) if streaming else None

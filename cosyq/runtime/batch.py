@@ -22,7 +22,7 @@ from cosyq.runtime.forward import Forward
 from cosyq.runtime.sampling import draws, not_finite
 
 SPAN = 256  # attention runs over a multiple of so many positions
-LAG = 4  # steps that a GPU may be given before the first of them is done
+LAG = 4  # ids that a GPU may be asked for before the first of them is done
 IDLE = -2  # in place of an id: the row drew none
 
 
@@ -53,11 +53,14 @@ class _Row:
 
 
 class BatchDecoder:
-    """As many utterances as `forward` has rows, each of at most `longest` speech ids."""
+    """As many utterances as `forward` has rows, each of at most `longest` speech ids.
 
-    def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int):
+    A step of `burst` ids costs the host as much as one of a single id; what a row draws beyond its end is nothing.
+    """
+
+    def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
         rows, device = forward.rows, forward.device
-        self.forward, self.sampling, self.longest = forward, sampling, longest
+        self.forward, self.sampling, self.longest, self.burst = forward, sampling, longest, burst
 
         def counts(value: int = 0) -> Tensor:
             return torch.full((rows,), value, dtype=torch.int64, device=device)
@@ -69,7 +72,7 @@ class BatchDecoder:
         self.logits = torch.zeros(rows, forward.config.speech_rows, device=device)
         self.recent = torch.full((rows, sampling.win_size), -1, device=device)
         self.uniform = torch.zeros(rows, longest, 2, device=device)
-        self.drawn = counts(IDLE)  # in the last step
+        self.drawn = counts(IDLE).repeat(burst, 1)  # in the last step
         self.free = set(range(rows))
         self._rows: dict[int, _Row] = {}
         self._steps = 0  # begun
@@ -138,16 +141,16 @@ class BatchDecoder:
         self.free.add(row)
 
     def step(self) -> None:
-        """Draw one id in every row that goes on, and compute what follows it."""
+        """Draw `burst` ids in every row that goes on, and compute what follows them."""
         for state in self._rows.values():
-            state.reach += not state.ended
+            state.reach += 0 if state.ended else self.burst
         taken = max(self._rows, default=0) + 1
         reach = max((state.reach for state in self._rows.values()), default=1)
         rows = min(1 << (taken - 1).bit_length(), self.forward.rows)
         self.advance(rows, min(-(-reach // SPAN) * SPAN, self.forward.capacity))
         self._steps += 1
         event = None
-        ids = self.drawn[:rows].to("cpu", non_blocking=True, copy=True)
+        ids = self.drawn[:, :rows].to("cpu", non_blocking=True, copy=True)
         if self.drawn.is_cuda:
             event = torch.cuda.Event()
             event.record()
@@ -156,6 +159,10 @@ class BatchDecoder:
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
         """What a step does on the device for the first `rows`, in place: a CUDA graph can hold it."""
+        for turn in range(self.burst):
+            self._draw_and_go_on(rows, span, turn)
+
+    def _draw_and_go_on(self, rows: int, span: int, turn_of_burst: int) -> None:
         vocabulary, every = self.forward.config.speech_vocab, self.every[:rows]
         live, count, recent = ~self.finished[:rows], self.drawn_count[:rows], self.recent[:rows]
         at = count.clamp(max=self.longest - 1)
@@ -167,7 +174,7 @@ class BatchDecoder:
             forbidden=count < self.minimum[:rows],
             forbid_from=vocabulary,
         )
-        self.drawn[:rows] = torch.where(live, ids, IDLE)
+        self.drawn[turn_of_burst, :rows] = torch.where(live, ids, IDLE)
         turn = at % self.sampling.win_size
         recent[every, turn] = torch.where(live, ids, recent[every, turn])
         count += live
@@ -176,11 +183,12 @@ class BatchDecoder:
         self.logits[:rows] = self.forward(ids.clamp(0, vocabulary - 1), self.positions[:rows], span)
         self.positions[:rows] += live & ~ended
 
-    def news(self, lag: int = LAG) -> dict[int, News]:
+    def news(self, lag: int | None = None) -> dict[int, News]:
         """What each row drew since the last call, for those that drew anything.
 
         Waits for the device until all but the last `lag` steps are done; what is done beyond that is told too.
         """
+        lag = max(LAG // self.burst, 1) if lag is None else lag
         found: dict[int, News] = {}
         while self._unread:
             ids, event = self._unread[0]
@@ -190,10 +198,11 @@ class BatchDecoder:
                 event.synchronize()
             number = self._steps - len(self._unread)
             self._unread.popleft()
-            for row, token in enumerate(ids.tolist()):
+            for row, tokens in enumerate(ids.T.tolist()):
                 state = self._rows.get(row)
-                if token != IDLE and state is not None and number >= state.since:
-                    self._read(state, token, found.setdefault(row, News()))
+                for token in tokens:
+                    if token != IDLE and state is not None and number >= state.since:
+                        self._read(state, token, found.setdefault(row, News()))
         return found
 
     def _read(self, state: _Row, token: int, news: News) -> None:

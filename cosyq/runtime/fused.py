@@ -10,7 +10,7 @@ from cosyq.artifact.reader import Artifact
 from cosyq.runtime.batch import BatchDecoder, follow_alone
 from cosyq.runtime.decode import Part
 from cosyq.runtime.engine import TorchEngine
-from cosyq.runtime.fused_llm import FusedDecoder, FusedForward, FusedLM
+from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
 from cosyq.runtime.fused_vocoder import FusedVocoder
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
@@ -39,4 +39,4 @@ class FusedEngine(TorchEngine):
 
     def decoder(self, rows: int, *, positions: int, room: int) -> FusedDecoder:
         forward = FusedForward(self._lm, rows=rows, capacity=positions + room)
-        return FusedDecoder(forward, self.config.sampling, longest=room)
+        return FusedDecoder(forward, self.config.sampling, longest=room, burst=BURST)

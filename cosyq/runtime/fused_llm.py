@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosyq.kernels import decode as step
@@ -20,6 +19,9 @@ from cosyq.quantize.linear import DequantLinear, PackedEmbedding
 from cosyq.runtime.batch import BatchDecoder
 
 FIRST_PAGES = 4  # of a row: 512 positions, a prompt and ten seconds
+CHUNK = 128  # positions of a prompt that are run at a time
+PADDING = 32  # what their number is rounded up to
+BURST = 4  # ids a step on a GPU: launching a graph takes the host as long as one id takes the GPU
 
 
 def packed_rows(linear: nn.Module, dtype: torch.dtype) -> Packed:
@@ -112,34 +114,43 @@ class FusedForward:
         self.lm, self.config, self.device, self.rows = lm, c, device, rows
         self.pages_a_row = -(-capacity // PAGE)
         self.capacity = self.pages_a_row * PAGE
+        self.recorded = Recordings(device)
         self._pages: list[list[int]] = [[] for _ in range(rows)]
         shape = (c.num_layers, 1 + rows * min(FIRST_PAGES, self.pages_a_row), c.num_kv_heads, PAGE, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=lm.dtype) for _ in range(2))
         self._free = list(range(1, shape[1]))
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
-
-        def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
-
         cos, sin = rope_tables(torch.arange(self.capacity, device=device), c.head_dim, c.rope_theta)
         half = c.head_dim // 2
-        self.buffers = Buffers(
+        self._rope = cos[:, :half].contiguous(), sin[:, :half].contiguous()
+        self.buffers = self._buffers(rows, torch.zeros(rows, self.pages_a_row, dtype=torch.int32, device=device))
+        self._scratch = Scratch.empty(c, rows, lm.dtype, device)
+        self._prompt = self._buffers(CHUNK, torch.zeros(self.pages_a_row, dtype=torch.int32, device=device))
+        self._prompt_scratch = Scratch.empty(c, CHUNK, lm.dtype, device)
+        self._prompt_end = torch.zeros(1, dtype=torch.int64, device=device)
+        self._prompt_logits = torch.zeros(1, c.speech_rows, device=device)
+
+    def _buffers(self, rows: int, pages: Tensor) -> Buffers:
+        c, device, (cos, sin) = self.config, self.device, self._rope
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        return Buffers(
             x=floats(rows, c.hidden_size),
             q=floats(rows, c.num_heads * c.head_dim),
             parts=floats(rows, c.num_heads, self.pages_a_row, c.head_dim),
             stats=floats(rows, c.num_heads, self.pages_a_row, 2),
             inner=floats(rows, c.intermediate_size),
-            positions=torch.zeros(rows, dtype=torch.int32, device=device),
-            pages=torch.zeros(rows, self.pages_a_row, dtype=torch.int32, device=device),
-            cos=cos[:, :half].contiguous(),
-            sin=sin[:, :half].contiguous(),
+            positions=torch.full((rows,), -1, dtype=torch.int32, device=device),
+            pages=pages,
+            cos=cos,
+            sin=sin,
         )
-        self._scratch = Scratch.empty(c, rows, lm.dtype, device) if rows > 1 else None
 
     def reserve(self, row: int, positions: int) -> None:
         """Let the row have so many positions: pages are taken as they are needed."""
         taken = self._pages[row]
-        while len(taken) * PAGE < positions:
+        while len(taken) * PAGE < min(positions, self.capacity):
             if not self._free:
                 self._grow()
             taken.append(self._free.pop())
@@ -150,84 +161,106 @@ class FusedForward:
         self._free += self._pages[row]
         self._pages[row] = []
         self.buffers.pages[row] = 0
-        self.buffers.positions[row] = 0
+        self.buffers.positions[row] = -1
 
     def _grow(self) -> None:
         """Twice the pages. What was recorded knows the old ones."""
         pages = self.keys.shape[1]
-        self.graphs.clear()
+        self.recorded.clear()
         self.keys, self.values = (torch.cat([t, torch.zeros_like(t)], dim=1) for t in (self.keys, self.values))
         self._free += range(pages, 2 * pages)
 
+    def pages_for(self, positions: int) -> int:
+        """Pages that kernels look at, a power of two: few numbers, so that few are recorded."""
+        return min(max(1 << (-(-positions // PAGE) - 1).bit_length(), FIRST_PAGES), self.pages_a_row)
+
     @torch.inference_mode()
     def prefill(self, row: int, embeddings: Tensor, past: int) -> Tensor:
-        lm, c, t = self.lm, self.config, embeddings.shape[1]
-        self.reserve(row, past + t)
-        positions = torch.arange(past, past + t, dtype=torch.int32, device=self.device)
-        pages, count = self.buffers.pages[row], len(self._pages[row])
-        scratch = Scratch.empty(c, t, lm.dtype, self.device)
-        mask = None
-        if past:
-            mask = torch.ones(t, past + t, dtype=torch.bool, device=self.device).tril(past)
+        """As `Forward.prefill`, in chunks: every position is a row of its own, all with one table of pages."""
+        end = past + embeddings.shape[1]
+        self.reserve(row, end)
+        b = self._prompt
+        b.pages.copy_(self.buffers.pages[row])
+        for part in embeddings[0].float().split(CHUNK):
+            count = len(part)
+            padded = -(-count // PADDING) * PADDING
+            b.x[:count] = part
+            b.x[count:padded] = 0
+            b.positions[:count] = torch.arange(past, past + count, device=self.device)
+            b.positions[count:padded] = -1
+            self._prompt_end.fill_(count - 1)
+            past += count
+            pages = self.pages_for(past)
+            self.recorded.run(("prompt", padded, pages), lambda padded=padded, pages=pages: self._show(padded, pages))
+        return self._prompt_logits[0]
 
-        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            seen = [cache[pages[:count]].transpose(0, 1).flatten(1, 2)[None, :, : past + t] for cache in (keys, values)]
-            heads = q.to(lm.dtype).view(1, t, c.num_heads, c.head_dim).transpose(1, 2)
-            out = F.scaled_dot_product_attention(heads, *seen, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            return out.transpose(1, 2).reshape(t, -1)
-
-        x = embeddings[0].float().clone()
-        self._run_rows(x, positions, pages, scratch, attend)
-        last = torch.empty(1, c.hidden_size, dtype=lm.dtype, device=self.device)
-        kernels.norm(x[-1:], lm.norm, last, c.rms_norm_eps)
-        logits = torch.empty(1, c.speech_rows, device=self.device)
-        kernels.matmul(last, lm.head, logits)
-        return logits[0]
+    def _show(self, count: int, pages: int) -> None:
+        """`count` positions of a prompt, and the logits behind the last that there is."""
+        x, normed = self._prompt.x[:count], self._prompt_scratch.first(count).normed
+        self._run_rows(self._prompt, self._prompt_scratch.first(count), count, pages)
+        kernels.norm(x, self.lm.norm, normed, self.config.rms_norm_eps)
+        kernels.matmul(normed.index_select(0, self._prompt_end), self.lm.head, self._prompt_logits)
 
     def run(self, logits: Tensor, rows: int, pages: int) -> None:
         """logits [rows, n] that follow `buffers.x` at `buffers.positions`, none beyond the row's first `pages`."""
-        c, lm, b = self.config, self.lm, self.buffers
-        geometry = Geometry(
-            rows, c.num_heads, c.num_kv_heads, c.head_dim, self.pages_a_row, pages, c.rms_norm_eps, lm.pdl and rows == 1
-        )
+        lm, b = self.lm, self.buffers
         if rows == 1:
+            geometry = self._geometry(rows, pages, lm.pdl)
             for layer, keys, values in zip(lm.layers, self.keys, self.values, strict=True):
                 step.run_layer(layer, keys, values, b, geometry)
             step.run_head(lm.norm, lm.head, logits, b, geometry)
             return
-        assert self._scratch is not None
         scratch = self._scratch.first(rows)
-
-        def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            step.attend(b, keys, values, geometry)
-            kernels.merge(b.parts, b.stats, b.positions, scratch.attended, rows=rows, page=PAGE)
-            return scratch.attended
-
-        self._run_rows(b.x[:rows], b.positions, b.pages, scratch, attend, q=b.q[:rows])
-        kernels.norm(b.x[:rows], lm.norm, scratch.normed, c.rms_norm_eps)
+        self._run_rows(b, scratch, rows, pages)
+        kernels.norm(b.x[:rows], lm.norm, scratch.normed, self.config.rms_norm_eps)
         kernels.matmul(scratch.normed, lm.head, logits[:rows])
 
-    def _run_rows(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        pages: Tensor,
-        scratch: Scratch,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-        q: Tensor | None = None,
-    ) -> None:
-        """x [m, hidden] float32 after all layers, in place."""
-        c, b = self.config, self.buffers
-        q = scratch.q if q is None else q
+    def _geometry(self, rows: int, pages: int, pdl: bool) -> Geometry:
+        c = self.config
+        return Geometry(rows, c.num_heads, c.num_kv_heads, c.head_dim, self.pages_a_row, pages, c.rms_norm_eps, pdl)
+
+    def _run_rows(self, b: Buffers, scratch: Scratch, rows: int, pages: int) -> None:
+        """The first rows of b.x after all layers, in place."""
+        c, geometry, x, q = self.config, self._geometry(rows, pages, False), b.x[:rows], b.q[:rows]
         for layer, keys, values in zip(self.lm.layers, self.keys, self.values, strict=True):
             kernels.norm(x, layer.attention_norm, scratch.normed, c.rms_norm_eps)
             kernels.matmul(scratch.normed, layer.qkv, scratch.qkv)
-            kernels.turn(scratch.qkv, q, keys, values, b.cos, b.sin, positions, pages, heads=c.num_heads)
-            kernels.matmul(attend(q, keys, values), layer.output, x, add=True)
+            kernels.turn(scratch.qkv, q, keys, values, b.cos, b.sin, b.positions, b.pages, heads=c.num_heads)
+            step.attend(q, keys, values, b.positions, b.pages, b.parts, b.stats, geometry)
+            kernels.merge(b.parts, b.stats, b.positions, scratch.attended, rows=rows, page=PAGE)
+            kernels.matmul(scratch.attended, layer.output, x, add=True)
             kernels.norm(x, layer.mlp_norm, scratch.normed, c.rms_norm_eps)
             kernels.matmul(scratch.normed, layer.gate_up, scratch.gate_up)
             kernels.swiglu(scratch.gate_up, scratch.inner)
             kernels.matmul(scratch.inner, layer.down, x, add=True)
+
+
+class Recordings:
+    """Launches of fixed buffers, on a GPU as CUDA graphs from their second time on.
+
+    The first time compiles, or loads what was compiled; recording costs some ten milliseconds, and pays when repeated.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+
+    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+        if not self._cuda or key not in self._graphs:
+            launch()
+            self._graphs[key] = None
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                launch()
+        graph.replay()
+
+    def clear(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()  # none may be running
+        self._graphs.clear()
 
 
 @dataclass(frozen=True)
@@ -258,21 +291,24 @@ class Scratch:
 
 
 class FusedDecoder(BatchDecoder):
-    """A `BatchDecoder` whose step is one draw and one pass by the kernels, on a GPU a CUDA graph from the second on."""
+    """A `BatchDecoder` whose ids are drawn and run by the kernels, on a GPU `BURST` in one CUDA graph."""
 
     forward: FusedForward
 
-    def __init__(self, forward: FusedForward, sampling: SamplingConfig, *, longest: int):
-        super().__init__(forward, sampling, longest=longest)
-        self._draws = Draws(
-            self.logits, self.uniform, self.recent, self.drawn_count, self.minimum, self.maximum, self.positions,
-            self.finished.view(torch.uint8), self.drawn,
-        )  # fmt: skip
+    def __init__(self, forward: FusedForward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
+        super().__init__(forward, sampling, longest=longest, burst=burst)
+        self._draws = [
+            Draws(
+                self.logits, self.uniform, self.recent, self.drawn_count, self.minimum, self.maximum, self.positions,
+                self.finished.view(torch.uint8), drawn,
+            )
+            for drawn in self.drawn
+        ]  # fmt: skip
 
     def step(self) -> None:
         for row, state in self._rows.items():
             if not state.ended:
-                self.forward.reserve(row, state.reach + 1)
+                self.forward.reserve(row, state.reach + self.burst)
         super().step()
 
     def leave(self, row: int) -> None:
@@ -281,27 +317,14 @@ class FusedDecoder(BatchDecoder):
 
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
-        pages = min(max(1 << (-(-span // PAGE) - 1).bit_length(), FIRST_PAGES), self.forward.pages_a_row)
-        graphs, key = self.forward.graphs, (rows, pages)
-        if self.forward.device.type != "cuda":
-            self._launch(rows, pages)
-        elif key not in graphs:
-            self._launch(rows, pages)  # compiles, or loads what was compiled
-            graphs[key] = None
-        else:
-            graphs[key] = graph = graphs[key] or self._record(rows, pages)
-            graph.replay()
-
-    def _record(self, rows: int, pages: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._launch(rows, pages)
-        return graph
+        pages = self.forward.pages_for(span)
+        self.forward.recorded.run((rows, pages), lambda: self._launch(rows, pages))
 
     def _launch(self, rows: int, pages: int) -> None:
         lm, b = self.forward.lm, self.forward.buffers
-        draw(
-            self._draws, b.x, b.positions, lm.embedding, lm.scales, self.sampling, rows=rows,
-            vocabulary=lm.config.speech_vocab, pdl=lm.pdl and rows == 1,
-        )  # fmt: skip
-        self.forward.run(self.logits, rows, pages)
+        for draws in self._draws:
+            draw(
+                draws, b.x, b.positions, lm.embedding, lm.scales, self.sampling, rows=rows,
+                vocabulary=lm.config.speech_vocab, pdl=lm.pdl and rows == 1,
+            )  # fmt: skip
+            self.forward.run(self.logits, rows, pages)
