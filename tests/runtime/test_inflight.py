@@ -252,7 +252,7 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
         ([rich, poor, new], 0, [new]),
         ([rich], 0, [rich]),
         ([rich, expected], 0, []),  # has audio in hand: somebody's first chunk is about to be due
-        ([rich, expected], inflight.STEPS_HELD, [rich]),  # but not for ever
+        ([rich, expected], inflight.IDS_HELD, [rich]),  # but not for ever
         ([rich, poor, expected], 0, [poor]),  # and nobody is left to run dry for it
         ([], 0, []),
     ):
