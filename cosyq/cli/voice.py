@@ -123,8 +123,8 @@ def encoders_folder(opened: Artifact, source: str | None) -> Path:
 
     if source is not None and Path(source).is_dir():
         return Path(source)
-    if source is None and opened.manifest.recipe["source"].get("bundled") == "mini":
-        return bundled_checkpoint("mini")
+    if source is None and opened.manifest.bundled is not None:
+        return bundled_checkpoint(opened.manifest.bundled)
     repo, _, revision = source.partition("@") if source else (opened.manifest.source.repo, "", None)
     revision = revision or opened.manifest.source.revision
     if not repo or not revision:

@@ -240,6 +240,16 @@ FORGERIES = {
     "steps": (lambda d: d.update(flow_steps=[10, 20]), "adaln.20"),
     "unlisted file": (lambda d: d["files"].pop("flow.safetensors"), "does not list flow.safetensors"),
     "types": (lambda d: d.update(modules=3), "wrong type"),
+    "no recipe": (lambda d: d.update(recipe=[]), "wrong type"),
+    "recipe without a source": (lambda d: d["recipe"].pop("source"), "'source'"),
+    "recipe without a checkpoint": (lambda d: d["recipe"]["source"].pop("llm"), "'llm'"),
+    "checkpoint elsewhere": (lambda d: d["recipe"]["source"].update(llm="../llm.pt"), "'../llm.pt' is not a name"),
+    "bundled elsewhere": (lambda d: d["recipe"]["source"].update(bundled="../.."), "'../..' is not a name"),
+    "bundled of another type": (lambda d: d["recipe"]["source"].update(bundled=["mini"]), "expected text"),
+    "recipe without stages": (lambda d: d["recipe"].pop("stages"), "'stages'"),
+    "recipe without a stage": (lambda d: d["recipe"]["stages"].pop("flow"), "'flow'"),
+    "stage without a format": (lambda d: d["recipe"]["stages"]["llm"].pop("weights"), "'weights'"),
+    "more stages": (lambda d: d["recipe"]["stages"].update(more=1), "wrong type"),
 }
 
 

@@ -118,7 +118,7 @@ def test_what_a_manifest_says_does_not_escape_into_the_card(manifest):
         device=nasty,
         versions={nasty: nasty},
         source=SourceRecord(nasty, nasty, {nasty: "0" * 64}),
-        recipe={**manifest.recipe, "name": nasty, "source": {"bundled": ["mini"]}},
+        recipe={**manifest.recipe, "name": nasty, "source": {"bundled": nasty}},
     )
     text = model_card(evil, REPO, {"eval.json": Report(nasty, (nasty,), ((nasty,),))})
     data = ModelCard(text).data.to_dict()

@@ -264,7 +264,8 @@ def test_quantization_variables_choose_among_the_artifacts(artifact_of, tmp_path
     assert code == 2
     assert "QUANTIZATION_BITS: not understood" in err
     monkeypatch.setenv("QUANTIZATION_BITS", "8")
-    (tmp_path / "artifacts" / "int8" / "manifest.json").write_text("{}")
-    code, err = cli()
-    assert code == 3
-    assert "no artifact with int8 there" in err
+    for unusable in ("{}", '{"minimum_reader": 9}'):
+        (tmp_path / "artifacts" / "int8" / "manifest.json").write_text(unusable)
+        code, err = cli()
+        assert code == 3
+        assert "no artifact with int8 there" in err
