@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cosyq import __version__, hub
+from cosyq import __version__
 from cosyq.errors import NetworkError
+from cosyq.hub.client import cache_folder, reach, token
 
 # What the published model takes at most: 3.3 GB of memory to quantize (docs/numbers.md) and the rest of a system beside
 # it; 4.4 GB to download; 2.9 GB to keep as fp32.
@@ -123,7 +124,7 @@ def _memory() -> Check:
 def _disk() -> Iterator[Check]:
     folders = [("disk for artifacts", Path.cwd(), ARTIFACT)]
     with suppress(ImportError):  # which was said above
-        folders.append(("disk for downloads", hub.cache_folder(), DOWNLOAD))
+        folders.append(("disk for downloads", cache_folder(), DOWNLOAD))
     for name, folder, needed in folders:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(existing).free
@@ -138,7 +139,7 @@ def _disk() -> Iterator[Check]:
 
 def _token() -> Check:
     try:
-        there = hub.token() is not None
+        there = token() is not None
     except NetworkError as error:
         return Check("HF_TOKEN", "missing", error.what, "set it to a token as huggingface.co/settings/tokens shows it")
     if there:
@@ -152,7 +153,7 @@ def _reach() -> Check:
     repo = load_recipe(find_recipe("int8")).source.repo
     assert repo is not None
     try:
-        user = hub.reach(repo)
+        user = reach(repo)
     except NetworkError as error:
         return Check("hub", "missing", str(error), error.remedy or "see whether a proxy is needed: HTTPS_PROXY")
     return Check("hub", "ok", f"has {repo}" + (f"; HF_TOKEN is {user}'s" if user else ""))

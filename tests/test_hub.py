@@ -109,7 +109,7 @@ def fetch(tmp_path):
     """Fetch a file in a process of its own, as its environment says: (path or None, what was said against it)."""
 
     def call(url, *, sha256=SHA256, prelude="pass", **environment):
-        code = f"from cosyq import hub; {prelude}; print(hub.fetch_file({url!r}, {sha256!r}))"
+        code = f"from cosyq.hub import web; {prelude}; print(web.fetch_file({url!r}, {sha256!r}))"
         trusted = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "SSL_CERT_FILE": str(tmp_path / "ca.pem")}
         environment = os.environ | trusted | {"NO_PROXY": "localhost"} | environment
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
@@ -176,7 +176,7 @@ REFUSED = {
 def test_what_a_server_may_not_do(web, fetch, tmp_path, case):
     page, message = REFUSED[case]
     web.pages["/bad.wav"] = page
-    _, error = fetch(f"{web.address}/bad.wav", prelude="hub.SECONDS_IN_ALL = 1" if case == "drips" else "pass")
+    _, error = fetch(f"{web.address}/bad.wav", prelude="web.SECONDS_IN_ALL = 1" if case == "drips" else "pass")
     assert message in error
     assert kept(tmp_path) == []
 

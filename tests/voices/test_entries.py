@@ -109,7 +109,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_what_will_not_do_is_said_before_anything_is_fetched(case, monkeypatch):
-    monkeypatch.setattr("cosyq.hub.fetch", None)  # the recipe's own source is the Hub
+    monkeypatch.setattr("cosyq.hub.snapshot.fetch", None)  # the recipe's own source is the Hub
     entry, message = UNUSABLE[case]
     with pytest.raises(RecipeError, match=message):
         build.prepare(recipe(voices(**entry)), "")
