@@ -210,7 +210,7 @@ def _pack_module(decision: Decision, source: StageTensors, file: StageFileWriter
         shape=module.parameters[main],
         source_dtype=source.dtype(module, main),
         bytes=decision.bytes,
-        rms_error=error,
+        rms_error=float(f"{error:.6g}"),  # its last digits are the order of a sum, which threads decide
     )
 
 

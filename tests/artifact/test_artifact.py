@@ -71,6 +71,16 @@ def test_same_inputs_same_bytes(artifact_of, tmp_path, recipe):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_threads(artifact_of, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - threads)
+    try:
+        other = make_artifact(tmp_path / "a", "int8")
+    finally:
+        torch.set_num_threads(threads)
+    assert (other / "manifest.json").read_bytes() == (artifact_of("int8") / "manifest.json").read_bytes()
+
+
 def test_the_manifest_tells_where_it_came_from(artifact_of):
     manifest = open_artifact(artifact_of("int8")).manifest
     for name in ("llm.pt", "flow.pt", "hift.pt", "cosyvoice3.yaml", "CosyVoice-BlankEN/merges.txt"):
