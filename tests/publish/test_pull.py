@@ -6,8 +6,10 @@ import pytest
 from conftest import refused
 from stand_in_hub import REPO, Fault, Repository
 
+import cosyq
 from cosyq.artifact.manifest import Manifest
 from cosyq.artifact.reader import MAX_MANIFEST
+from cosyq.errors import NetworkError, UsageError
 
 
 @pytest.fixture
@@ -76,6 +78,18 @@ def test_every_command_that_takes_an_artifact(hub, cli, there, tmp_path, monkeyp
     assert cli("push", reference, "me/copy")[0] == 0
     assert hub.repositories["me/copy"].head()["llm.safetensors"] == head(hub)["llm.safetensors"]
     assert hub.asked.count("llm.safetensors") == 1
+
+
+def test_from_python(hub, there, offline):
+    speech = cosyq.load(f"hf://{REPO}", device="cpu").synthesize("hello", seed=3)
+    assert hub.asked.count("llm.safetensors") == 1
+    offline()
+    again = cosyq.load(f"hf://{REPO}@{there}", device="cpu").synthesize("hello", seed=3)
+    assert (again.samples == speech.samples).all()
+    with pytest.raises(NetworkError, match="me/other@main: the Hub is out of reach"):
+        cosyq.load("hf://me/other")
+    with pytest.raises(UsageError, match="expected OWNER/NAME"):
+        cosyq.load("hf://me")
 
 
 def test_what_is_cached_needs_no_hub(hub, cli, there, artifact_of, offline):
