@@ -302,6 +302,14 @@ def test_verify_against_another_source(artifact_of, scratch_checkpoint, tmp_path
     torch.save(state, scratch_checkpoint / "llm.pt")
     with pytest.raises(ArtifactError, match=r"llm\.layers\.1\.mlp\.up_proj differs from the source"):
         list(measure_errors(artifact, scratch_checkpoint, lambda *_: None))
+    broken = make_artifact(tmp_path / "broken", "fp32")
+    with safe_open(broken / "llm.safetensors", framework="pt") as file:
+        norm = file.get_tensor("norm.weight").numpy().tobytes()
+    data = (broken / "llm.safetensors").read_bytes()
+    (broken / "llm.safetensors").write_bytes(data.replace(norm, b"\xff" * len(norm)))  # not a number
+    resign(broken, lambda data: None)
+    with pytest.raises(ArtifactError, match=r"norm differs from the source by nan"):
+        list(measure_errors(open_artifact(broken), GOLDEN, lambda *_: None))
     write_random(tmp_path / "other", SMALL, 0)
     with pytest.raises(ArtifactError, match="was made from another model"):
         list(measure_errors(artifact, tmp_path / "other", lambda *_: None))
