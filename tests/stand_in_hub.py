@@ -280,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = data.commits[sha].get(name)
         if content is None:
             return self.refuse(404, "EntryNotFound")
-        about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        about = {"ETag": f'"{_oid(name, content)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         start = 0
         if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             start = int(wanted[1])

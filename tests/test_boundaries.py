@@ -108,7 +108,7 @@ def test_speaking_cannot_quantize_again():
     ("library", "home"),
     [
         ("bitsandbytes", {"quantize.backend"}),
-        ("huggingface_hub", {"hub.client", "hub.snapshot", "hub.push"}),
+        ("huggingface_hub", {"hub.client", "hub.hashes", "hub.push", "hub.snapshot"}),
         ("urllib", {"hub.web"}),
         ("yaml", {"recipe", "checkpoint.hyperyaml"}),
         ("pydantic", {"recipe", "cli.batch", "server.schemas"}),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from cosyq.errors import NetworkError
 from cosyq.hub.client import AGAIN, client, token
+from cosyq.hub.hashes import content_hash, listed_hash
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,7 @@ def push(
 
 
 def _same(content: Path | bytes, there: Any) -> bool:
-    """Whether the Hub's entry of a tree is of this content: large files go by their sha256, others by git's hash."""
+    """Whether the Hub's entry of a tree is of this content."""
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    if size != there.size:
-        return False
-
-    def git_hash() -> Any:
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
-    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
-        found = hashlib.file_digest(file, hashlib.sha256 if there.lfs else git_hash).hexdigest()
-    return bool(found == (there.lfs.sha256 if there.lfs else there.blob_id))
+    known = listed_hash(there)
+    return bool(size == there.size) and content_hash(content, known) == known
