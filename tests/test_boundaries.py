@@ -27,6 +27,7 @@ LEVELS = {
     "voices": 3,
     "audit": 4,
     "build": 4,
+    "export": 4,
     "runtime": 4,
     "random_model": 4,
     "publish": 5,

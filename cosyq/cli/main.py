@@ -16,6 +16,7 @@ from cosyq.cli import (
     convert,
     diff,
     doctor,
+    export,
     inspect,
     pull,
     push,
@@ -49,6 +50,7 @@ app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)
 app.add_typer(voice.app, name="voice")
+app.add_typer(export.app, name="export")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")
 
