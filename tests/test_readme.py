@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import GOLDEN, REPOSITORY
 
 from cosyq.cli.main import app
@@ -169,6 +170,38 @@ def test_to_and_from_the_hub(demo, run, hub):
     assert (demo / "artifacts" / "pulled" / "README.md").is_file()
     assert not (demo / "artifacts" / "pulled" / "voices").exists()
     shutil.rmtree(demo / "artifacts" / "pulled")
+
+
+def test_the_pipeline(demo, run, checkpoint, cache, hub):
+    """Its commands as written, but for the source and the placeholder."""
+    (block,) = [b for b in blocks("yaml") if "HF_TOKEN" in b]
+    steps = yaml.safe_load(block)["jobs"]["model"]["steps"]
+    install, quantize, verify, push = (step["run"] for step in steps if "run" in step)
+    assert install == "pip install cosyq"
+    run(f"{quantize} --source {checkpoint} --set voices=[]")
+    assert json.loads(run(verify)[0])["files"] == 5
+    done = json.loads(run(push.replace("ME/", "me/"))[0])
+    assert done["changed"]
+    assert hub.repositories["me/my-voice-model"].branches["main"] == done["commit"]
+
+
+def test_the_export(demo, run):
+    (line,) = [b.strip() for b in blocks("sh") if "cosyq export" in b and "cosyq verify" not in b]
+    run(line.replace("ARTIFACT", "artifacts/cosyq-mini"))
+    assert (demo / "llm-for-transformers" / "config.json").is_file()
+
+
+def test_links_lead_somewhere():
+    anchors = {
+        re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+        for line in README.splitlines()
+        if line[:1] == "#"
+    }
+    for target in re.findall(r"\]\(([^)]*)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif "://" not in target:
+            assert (REPOSITORY / target).is_file()
 
 
 def test_every_command_is_listed_and_every_listed_one_exists():
