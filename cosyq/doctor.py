@@ -80,6 +80,8 @@ def _compute() -> Iterator[Check]:
         yield Check("cuda", "ok", f"CUDA {torch.version.cuda}, driver {driver or 'of unknown version'}")
         for index in range(torch.cuda.device_count()):
             yield _gpu(torch.cuda.get_device_properties(index), index)
+        yield _compiler()
+        yield _kernel_cache()
     elif driver is None:
         yield Check("cuda", "ok", "no NVIDIA driver: everything runs on the CPU")
     elif torch.version.cuda is None:
@@ -97,6 +99,33 @@ def _gpu(about: Any, index: int) -> Check:
         "ok",
         f"{about.name}, {about.total_memory / 1e9:.1f} GB, compute capability {about.major}.{about.minor}",
     )
+
+
+def _compiler() -> Check:
+    """What makes kernels for the GPU when they are first needed."""
+    try:
+        found = f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        return Check("kernels", "note", "triton is not installed: the slower engines are used", "pip install triton")
+    compiler = next((name for name in (os.environ.get("CC"), "gcc", "clang") if name and shutil.which(name)), None)
+    if compiler is None:
+        return Check("kernels", "note", f"{found}, but no C compiler, which it needs", "install gcc, or name one in CC")
+    return Check("kernels", "ok", f"{found}, {compiler}")
+
+
+def _kernel_cache() -> Check:
+    """Where Triton keeps them from one start to the next."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    existing = _existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        found = f"{folder} cannot be written: kernels are compiled at every start"
+        return Check("kernels cache", "note", found, "name a folder that is kept in TRITON_CACHE_DIR")
+    return Check("kernels cache", "ok", f"{sum(1 for _ in folder.glob('*/*.cubin'))} in {folder}")
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _driver() -> str | None:
@@ -126,7 +155,7 @@ def _disk() -> Iterator[Check]:
     with suppress(ImportError):  # which was said above
         folders.append(("disk for downloads", cache_folder(), DOWNLOAD))
     for name, folder, needed in folders:
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        existing = _existing(folder)
         free = shutil.disk_usage(existing).free
         found = f"{free / 1e9:.1f} GB free in {folder}"
         if not os.access(existing, os.W_OK):
