@@ -123,7 +123,8 @@ def synth(
 
 def _write(chunks: Iterator[Audio], target: Path | None, sample_rate: int, *, raw: bool, srt: Path | None) -> Audio:
     """Write the audio and its subtitles; returns the last chunk."""
-    from cosyq.audio.sinks import PipeSink, file_sink, whole_file
+    from cosyq.audio.sinks import PipeSink, file_sink
+    from cosyq.files import whole_file
     from cosyq.text.subtitles import Subtitles
 
     subtitles = Subtitles(sample_rate)
