@@ -90,14 +90,14 @@ def test_what_is_unseen_is_not_trained_on(folder):
 
 
 def test_texts_are_spelt_in_many_ways(folder):
-    parts.join([part("An extraordinary sentence.")], folder)
+    text = "Extraordinary lighthouses illuminate mountainous, uninhabited neighbourhoods."
+    parts.join([part(text)], folder)
     items = Items(Corpus(folder, torch.device("cpu")), TOKENIZER, 96)
     next(iter(items))
     usual = read_text_tokenizer(TOKENIZER)
-    spelt = [items.spelling(0).tolist() for _ in range(60)]
-    pieces = usual._tokenizer  # what the ids stand for
-    assert {pieces.decode(ids) for ids in spelt} == {"An extraordinary sentence."}
-    assert 60 * 0.4 < spelt.count(usual.encode("An extraordinary sentence.")) < 60
+    spelt = [items.spelling(0).tolist() for _ in range(100)]
+    assert {usual._tokenizer.decode(ids) for ids in spelt} == {text}
+    assert 40 < spelt.count(usual.encode(text)) < 100, "most as inference does it"
     assert len(set(map(tuple, spelt))) > 2
 
 
