@@ -1,6 +1,6 @@
 """Load on a server of its own, and on the engine behind it: first audio, audio seconds a second, who was refused.
 
-    python tests/load.py ARTIFACT [--streams 1,4,16] [--rounds 3] [--sentences 2] [--device cuda] [--only http|engine] [--soak SECONDS]
+    python tests/load.py ARTIFACT [--streams 1,4,16] [--rounds 3] [--rows 16] [--sentences 2] [--device cuda] [--only http|engine] [--soak SECONDS]
 
 Every stream asks for one text after another, in each of the artifact's voices in turn. Prints one line of JSON:
 seconds to the first audio (p50, p95), audio seconds made in a second, real-time factor of a stream, and what the server
@@ -201,12 +201,13 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, help="of the batch; as many as streams unless given")
     parser.add_argument("--sentences", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--only", choices=["http", "engine"])
     parser.add_argument("--soak", type=float)
     options = parser.parse_args()
-    rows, result = max(options.streams), {"artifact": os.path.basename(options.artifact.rstrip("/"))}
+    rows, result = options.rows or max(options.streams), {"artifact": os.path.basename(options.artifact.rstrip("/"))}
     if options.only != "http" and not options.soak:
         result["engine"] = engine(options, rows)
     if options.only != "engine":

@@ -56,7 +56,8 @@ def serve(
         typer.Option(envvar="COSYQ_SOURCE", help="The encoders' DIR or REPO@REV, to add voices over HTTP."),
     ] = None,
     engine: Annotated[
-        Literal["auto", "fused", "reference", "unpacked", "bnb"], typer.Option(envvar="COSYQ_ENGINE", help="What multiplies.")
+        Literal["auto", "fused", "reference", "unpacked", "bnb"],
+        typer.Option(envvar="COSYQ_ENGINE", help="What multiplies."),
     ] = "auto",
     device: Annotated[str, typer.Option(envvar="COSYQ_DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
@@ -110,7 +111,7 @@ def unknown_variables(environment: Iterable[str], context: typer.Context) -> lis
 
 def _encoders(opened: Artifact, source: str | None) -> Path | None:
     """Their folder, fetched if need be; None where none was asked for. The small model's come along."""
-    if source is None and opened.manifest.recipe["source"].get("bundled") is None:
+    if source is None and opened.manifest.bundled is None:
         return None
     from cosyq.cli.voice import encoders_folder
     from cosyq.voices.enrol import encoder_files
@@ -145,7 +146,7 @@ def _folder(given: str | None) -> Path:
         raise UsageError("not understood", where=str(error), remedy=remedy) from None
     if formats is None or given is not None or os.environ.get("COSYQ_ARTIFACT"):
         return choose_artifact(given)
-    found = [path for path in DEFAULT_FOLDER.glob("*/manifest.json") if _weights(path) in formats]
+    found = [path for path in DEFAULT_FOLDER.glob("*/manifest.json") if _weights(path.parent) in formats]
     if not found:
         wanted = " or ".join(sorted(formats))
         raise ArtifactError(
@@ -156,11 +157,11 @@ def _folder(given: str | None) -> Path:
     return folder
 
 
-def _weights(manifest: Path) -> str:
+def _weights(folder: Path) -> str:
     """How the language model's weights are stored; nothing where that cannot be read."""
-    from cosyq.artifact.manifest import Manifest
+    from cosyq.artifact.reader import read_manifest
 
     try:
-        return str(Manifest.from_json(manifest.read_text("utf-8")).recipe["stages"]["llm"]["weights"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(read_manifest(folder).recipe["stages"]["llm"]["weights"])
+    except ArtifactError:
         return ""

@@ -1,9 +1,11 @@
 """One decode step of the language model: five kernels a layer, each reading every weight that it needs once.
 
-Rows are utterances, each with its own position; keys and values lie in pages that a row's table names. A row that has
-nothing to say is at position -1 and writes to page 0, which is nobody's. All activations between kernels are float32. A step is bound by the bytes of the weights and by the launches, so norms,
-rotation, SwiGLU and residual sums happen where their inputs are read, and with programmatic dependent launch a kernel
-fetches its weights while the one before it still computes: only behind `_wait` may anything be read that it wrote.
+Keys and values lie in pages that a row's table names; a row that has nothing to say is at position -1 and writes to
+page 0, which is nobody's. All activations between kernels are float32.
+
+A step is bound by the bytes of the weights and by the launches. So norms, rotation, SwiGLU and residual sums happen
+where their inputs are read; and with programmatic dependent launch a kernel fetches its weights while the one before it
+still computes: only behind `_wait` may anything be read that another kernel wrote.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def _root_mean_square(x_ptr, eps, K: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def _qkv(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, bias_ptr, cos_ptr, sin_ptr, position_ptr,
          page_ptr, q_ptr, key_ptr, value_ptr, eps,
-         pages_a_row: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr,
+         pages_a_row: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+         LOOKUP: tl.constexpr,
          FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
          DIM: tl.constexpr, PAIRS: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     half: tl.constexpr = DIM // 2
@@ -162,7 +165,8 @@ def _attended_product(high, low, scales, part_ptr, stat_ptr, count, pages_a_row:
 @triton.jit
 def _output(part_ptr, stat_ptr, position_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr,
             pages_a_row: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-            BLOCK: tl.constexpr, LOOKUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr,
+            BLOCK: tl.constexpr, LOOKUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+            HEADS: tl.constexpr, DIM: tl.constexpr,
             PAGE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """What the heads attended to, projected, added to x."""
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -187,7 +191,8 @@ def _output(part_ptr, stat_ptr, position_ptr, w_ptr, scale_ptr, table_ptr, group
 
 @triton.jit
 def _swiglu(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, eps,
-            N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr,
+            N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+         LOOKUP: tl.constexpr,
             FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
     """silu(gate) * up of the normed x, [ROWS, N]; the weight's first N rows are the gate's."""
@@ -219,7 +224,8 @@ def _swiglu(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, o
 
 @triton.jit
 def _linear(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, eps,
-            N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr,
+            N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+         LOOKUP: tl.constexpr,
             FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
             ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x [ROWS, K], normed or not, times the weight: stored to out [ROWS, N], or added to it."""
@@ -264,7 +270,7 @@ OTHER_TILES = Tiles(qkv=(4, 2), output=(8, 4), swiglu=(8, 4), down=(4, 8), head=
 
 @dataclass(frozen=True)
 class Geometry:
-    """What all kernels of a step have to agree on. Of a row's `pages_a_row`, no position is beyond the first `pages`."""
+    """What the kernels of a step have to agree on. Of a row's `pages_a_row` only `pages` are in use."""
 
     rows: int
     heads: int

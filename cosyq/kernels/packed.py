@@ -92,7 +92,9 @@ def stacked(parts: Sequence[Packed]) -> Packed | None:
     """
     first = parts[0]
     whole = all(p.n * p.k // p.block % NESTED_BLOCKS.value == 0 for p in parts[:-1])
-    same = all((p.kind, p.k, p.block, p.weight.dtype) == (first.kind, first.k, first.block, first.weight.dtype) for p in parts)
+    same = all(
+        (p.kind, p.k, p.block, p.weight.dtype) == (first.kind, first.k, first.block, first.weight.dtype) for p in parts
+    )
     tables = first.kind in (INT8.value, FLOAT.value) or all(
         torch.equal(p.table, first.table) and (p.kind != NESTED.value or torch.equal(p.code, first.code)) for p in parts
     )
@@ -111,7 +113,19 @@ def stacked(parts: Sequence[Packed]) -> Packed | None:
     groups = joined("groups") if first.kind == NESTED.value else scales
     table = scales if first.kind in (INT8.value, FLOAT.value) else first.table
     code = first.code if first.kind == NESTED.value else scales
-    return Packed(first.kind, sum(p.n for p in parts), first.k, first.block, weight, scales, table, groups, code, bias, first.lookup)
+    return Packed(
+        first.kind,
+        sum(p.n for p in parts),
+        first.k,
+        first.block,
+        weight,
+        scales,
+        table,
+        groups,
+        code,
+        bias,
+        first.lookup,
+    )
 
 
 def parts_of(k: int, block: int) -> tuple[int, int]:
@@ -124,7 +138,10 @@ def parts_of(k: int, block: int) -> tuple[int, int]:
 @triton.jit
 def fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
           KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Codes of `rows` [r] from column k0 on, and their scales: [r, WIDTH] and [r], or [r, blocks, BLOCK / 2] and [r, blocks]."""
+    """Codes of `rows` [r] from column k0 on, and their scales.
+
+    [r, WIDTH] and [r], or of 4 bits [r, blocks, BLOCK / 2] and [r, blocks].
+    """
     if (KIND == 0) or (KIND == 3):
         k = k0 + tl.arange(0, WIDTH)
         inside = valid[:, None] & (k < K)[None, :]
@@ -243,4 +260,11 @@ def multiply(high, low, scales, x_ptr, gain_ptr, k0: tl.constexpr, WIDTH: tl.con
 
 def launch_sizes(packed: Packed) -> dict[str, Any]:
     first, rest = parts_of(packed.k, packed.block)
-    return {"K": packed.k, "KIND": packed.kind, "BLOCK": packed.block, "LOOKUP": packed.lookup, "FIRST": first, "REST": rest}
+    return {
+        "K": packed.k,
+        "KIND": packed.kind,
+        "BLOCK": packed.block,
+        "LOOKUP": packed.lookup,
+        "FIRST": first,
+        "REST": rest,
+    }

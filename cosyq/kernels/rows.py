@@ -7,7 +7,6 @@ do in a dozen.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton

@@ -32,7 +32,12 @@ from cosyq.voices.voice import Voice
 EngineName = Literal["fused", "reference", "unpacked", "bnb"]
 EngineChoice = Literal["auto", "fused", "reference", "unpacked", "bnb"]
 # `fused` begins as the reference and takes it apart.
-MATMULS: dict[EngineName, Matmul] = {"fused": "dequantize", "reference": "dequantize", "unpacked": "unpacked", "bnb": "bitsandbytes"}
+MATMULS: dict[EngineName, Matmul] = {
+    "fused": "dequantize",
+    "reference": "dequantize",
+    "unpacked": "unpacked",
+    "bnb": "bitsandbytes",
+}
 VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ PADDING = 32  # what their number is rounded up to
 BURST = 4  # ids a step on a GPU: launching a graph takes the host as long as one id takes the GPU
 
 
-def packed_rows(linear: nn.Module, dtype: torch.dtype) -> Packed:
+def packed_rows(linear: Any, dtype: torch.dtype) -> Packed:
     """A layer's weights for the kernels; what they cannot read as it is stored is unpacked to `dtype`."""
     bias = getattr(linear, "bias", None)
     bias = None if bias is None else bias.detach().float()
@@ -42,7 +44,7 @@ def packed_rows(linear: nn.Module, dtype: torch.dtype) -> Packed:
     )
 
 
-def stack(linears: list[nn.Module], dtype: torch.dtype) -> Packed:
+def stack(linears: list[Any], dtype: torch.dtype) -> Packed:
     """Layers with one input as one. Those of unlike formats are unpacked to `dtype`.
 
     The layers give up their own tensors for views of the stack.
@@ -75,6 +77,19 @@ def with_bias(packed: Packed) -> Packed:
     return replace(packed, bias=torch.zeros(packed.n, device=packed.weight.device))
 
 
+def fused_layer(layer: Any, dtype: torch.dtype) -> Layer:
+    """Of a `model.llm.Block`, which keeps views of the weights."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return Layer(
+        attention_norm=layer.input_layernorm.weight.detach().float(),
+        qkv=with_bias(stack([attention.q_proj, attention.k_proj, attention.v_proj], dtype)),
+        output=packed_rows(attention.o_proj, dtype),
+        mlp_norm=layer.post_attention_layernorm.weight.detach().float(),
+        gate_up=stack([mlp.gate_proj, mlp.up_proj], dtype),
+        down=packed_rows(mlp.down_proj, dtype),
+    )
+
+
 class FusedLM:
     """A language model's weights for the kernels; the model keeps views of them.
 
@@ -84,23 +99,14 @@ class FusedLM:
     def __init__(self, llm: LanguageModel, dtype: torch.dtype):
         self.config, self.dtype, self.device = llm.config, dtype, llm.norm.weight.device
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        self.layers = [
-            Layer(
-                attention_norm=layer.input_layernorm.weight.detach().float(),
-                qkv=with_bias(stack([getattr(layer.self_attn, f"{name}_proj") for name in "qkv"], dtype)),
-                output=packed_rows(layer.self_attn.o_proj, dtype),
-                mlp_norm=layer.post_attention_layernorm.weight.detach().float(),
-                gate_up=stack([layer.mlp.gate_proj, layer.mlp.up_proj], dtype),
-                down=packed_rows(layer.mlp.down_proj, dtype),
-            )
-            for layer in llm.layers
-        ]
+        self.layers = [fused_layer(layer, dtype) for layer in llm.layers]
         self.norm = llm.norm.weight.detach().float()
         self.head = packed_rows(llm.head, dtype)
-        embedding = llm.speech_embedding
+        embedding: Any = llm.speech_embedding
         packed = isinstance(embedding, PackedEmbedding)
         self.embedding: Tensor = embedding.packed["weight"] if packed else embedding.weight.detach()
         self.scales: Tensor | None = embedding.packed["SCB"] if packed else None
+        self.embed: Callable[[Tensor], Tensor] = llm.embed_speech
 
 
 class FusedForward:
@@ -191,7 +197,7 @@ class FusedForward:
             self._prompt_end.fill_(count - 1)
             past += count
             pages = self.pages_for(past)
-            self.recorded.run(("prompt", padded, pages), lambda padded=padded, pages=pages: self._show(padded, pages))
+            self.recorded.run(("prompt", padded, pages), partial(self._show, padded, pages))
         return self._prompt_logits[0]
 
     def _show(self, count: int, pages: int) -> None:
@@ -200,6 +206,14 @@ class FusedForward:
         self._run_rows(self._prompt, self._prompt_scratch.first(count), count, pages)
         kernels.norm(x, self.lm.norm, normed, self.config.rms_norm_eps)
         kernels.matmul(normed.index_select(0, self._prompt_end), self.lm.head, self._prompt_logits)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
+        b, rows = self.buffers, len(ids)
+        b.x[:rows], b.positions[:rows] = self.lm.embed(ids), positions
+        logits = torch.empty(rows, self.config.speech_rows, device=self.device)
+        self.run(logits, rows, self.pages_for(span))
+        return logits
 
     def run(self, logits: Tensor, rows: int, pages: int) -> None:
         """logits [rows, n] that follow `buffers.x` at `buffers.positions`, none beyond the row's first `pages`."""
@@ -318,7 +332,7 @@ class FusedDecoder(BatchDecoder):
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
         pages = self.forward.pages_for(span)
-        self.forward.recorded.run((rows, pages), lambda: self._launch(rows, pages))
+        self.forward.recorded.run((rows, pages), partial(self._launch, rows, pages))
 
     def _launch(self, rows: int, pages: int) -> None:
         lm, b = self.forward.lm, self.forward.buffers

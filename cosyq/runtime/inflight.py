@@ -35,7 +35,7 @@ from cosyq.runtime.synthesizer import Synthesizer
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
-STEPS_HELD = 16  # and for how many steps: those of a first chunk
+IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 PATIENCE = 5.0  # seconds for the thread to end
 
 log = logging.getLogger("cosyq.runtime")
@@ -55,7 +55,7 @@ class InFlight:
         self._decoder = tts.engine.decoder(rows, positions=POSITIONS, room=ROOM)
         self._waiting: deque[Flight] = deque()
         self._active: list[Flight] = []
-        self._held = 0  # steps since a render
+        self._held = 0  # ids of a row since a render
         self._stirred = self._closed = False
         self._changed = threading.Condition()
         self._preparing = ThreadPoolExecutor(1, "preparing")
@@ -94,6 +94,16 @@ class InFlight:
         heard = Heard(self.wake)
         self.submit(text, heard, **options)
         return heard.chunks()
+
+    def warm_up(self, text: str) -> None:
+        """Say a text to nobody; on a GPU in every size of a batch, so that no request waits for what is made once."""
+        sizes = {1}
+        if self.tts.engine.device.type == "cuda":
+            sizes |= {self.rows, *(1 << n for n in range(self.rows.bit_length()))}
+        for size in sorted(sizes):
+            for chunks in [self.stream(text, seed=seed) for seed in range(size)]:
+                for _ in chunks:
+                    pass
 
     def wake(self) -> None:
         """Have a look: somebody has left."""
@@ -150,7 +160,7 @@ class InFlight:
             worked |= self._attempt(flight, self._show)
         if drawing := {f.row: f for f in self._active if f.row is not None and f.line_drawn}:
             self._draw(drawing)
-            self._held += 1
+            self._held += self._decoder.burst
             worked = True
         return worked
 
@@ -247,7 +257,7 @@ class InFlight:
         driest = due[0]
         expecting = any(not f.started and f.line_drawn for f in self._active)
         can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
-        if can_wait and expecting and self._held < STEPS_HELD:
+        if can_wait and expecting and self._held < IDS_HELD:
             return []
         room, steps = self.tts.engine.flow_frames - driest.lines[0].rendering.frames, driest.lines[0].rendering.steps
         chosen = [driest]
@@ -271,6 +281,11 @@ class InFlight:
         except _AbandonedError:
             return
         except Exception as error:
+            if len(flights) > 1 and not is_fatal(error):  # whose fault it was shows when each is alone
+                for flight in flights:
+                    if flight in self._active:
+                        self._render([flight])
+                return
             why = self._explain(error)
             for flight in flights:
                 self._end(flight, why)

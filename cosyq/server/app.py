@@ -172,7 +172,12 @@ def _health(app: FastAPI, service: Service) -> None:
     async def livez() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/readyz", response_class=Response)
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"application/json": {}}},
+        503: {"description": "Loading, draining or dead.", "content": {"application/json": {}}},
+    }
+
+    @app.get("/readyz", response_class=Response, responses=states)
     async def readyz() -> Response:
         return phase()
 
@@ -184,7 +189,7 @@ def _health(app: FastAPI, service: Service) -> None:
         load = {"waiting": stats.waiting, "active": stats.active, "memory_bytes": stats.memory_bytes} if stats else {}
         return {"status": service.phase, "version": __version__, **about, **load}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 

@@ -81,8 +81,7 @@ class BatchSpeaker:
         rows = rows_for(engine) if self._wanted is None else self._wanted
         made = InFlight(tts, rows=rows, on_fatal=self._on_fatal)
         try:
-            for _ in made.stream(WARM_UP, seed=0):
-                pass
+            made.warm_up(WARM_UP)
         except BaseException:
             made.close()
             raise

@@ -33,9 +33,10 @@ def prompts(engine, count: int) -> list[torch.Tensor]:
     ]
 
 
-def decoder(engine, rows: int, **sampling) -> BatchDecoder:
+def decoder(engine, rows: int, *, burst: int = 1, **sampling) -> BatchDecoder:
     config = replace(engine.config.sampling, **sampling)
-    return BatchDecoder(TorchForward(engine.llm, rows=rows, capacity=CAPACITY), config, longest=LONGEST)
+    forward = TorchForward(engine.llm, rows=rows, capacity=CAPACITY)
+    return BatchDecoder(forward, config, longest=LONGEST, burst=burst)
 
 
 def run_alone(engine, prompt, seed, *, minimum=5, maximum=LONGEST, **sampling):
@@ -90,12 +91,12 @@ def test_history_is_the_last_ids_of_this_utterance(engine):
         batch.leave(row)
 
 
-@pytest.mark.parametrize("order", range(4))
-def test_rows_join_and_leave_without_a_trace(engine, order):
+@pytest.mark.parametrize(("order", "burst"), [(0, 1), (1, 1), (2, 3), (3, 4)])
+def test_rows_join_and_leave_without_a_trace(engine, order, burst):
     """Eight utterances over three rows, at random times, one given up half-way: each as it would be alone."""
     draw, texts = random.Random(order), prompts(engine, 8)
     alone = [run_alone(engine, prompt, seed) for seed, prompt in enumerate(texts)]
-    batch, waiting = decoder(engine, 3), list(range(8))
+    batch, waiting = decoder(engine, 3, burst=burst), list(range(8))
     draw.shuffle(waiting)
     given_up = waiting[2]
     rows: dict[int, int] = {}

@@ -45,7 +45,9 @@ def plain(llm: LanguageModel, rows: int) -> BatchDecoder:
 
 
 def fused(llm: LanguageModel, rows: int) -> FusedDecoder:
-    return FusedDecoder(FusedForward(FusedLM(llm, torch.float32), rows=rows, capacity=3 * PAGE), SAMPLING, longest=LONGEST)
+    return FusedDecoder(
+        FusedForward(FusedLM(llm, torch.float32), rows=rows, capacity=3 * PAGE), SAMPLING, longest=LONGEST
+    )
 
 
 def prompt(seed: int, length: int) -> torch.Tensor:
@@ -77,13 +79,8 @@ def test_logits_are_the_plain_ones(formats):
         mine[:, first, :, 9:] = its[:, 0, :, 9:PAGE]
     for position, token in ((PAGE - 1, 7), (PAGE, 30)):
         found.reserve(0, position + 1)
-        ids = torch.tensor([token])
-        found.buffers.x.copy_(llm.embed_speech(ids))
-        found.buffers.positions.fill_(position)
-        logits = torch.empty(1, CONFIG.speech_rows)
-        found.run(logits, 1, 3)
-        wanted = expected(ids, torch.tensor([position]), 3 * PAGE)
-        torch.testing.assert_close(logits, wanted)
+        ids, positions = torch.tensor([token]), torch.tensor([position])
+        torch.testing.assert_close(found(ids, positions, 3 * PAGE), expected(ids, positions, 3 * PAGE))
 
 
 def run(decoder: BatchDecoder, joins: list[tuple[int, torch.Tensor, int]]) -> dict[int, tuple[list[int], str]]:

@@ -252,7 +252,7 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
         ([rich, poor, new], 0, [new]),
         ([rich], 0, [rich]),
         ([rich, expected], 0, []),  # has audio in hand: somebody's first chunk is about to be due
-        ([rich, expected], inflight.STEPS_HELD, [rich]),  # but not for ever
+        ([rich, expected], inflight.IDS_HELD, [rich]),  # but not for ever
         ([rich, poor, expected], 0, [poor]),  # and nobody is left to run dry for it
         ([], 0, []),
     ):
@@ -270,16 +270,20 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     batch._active = []
 
 
-def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine):
+def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, voice):
+    """Also where one of them leaves meanwhile, and one cannot be rendered."""
     engine.flow_frames, engine.delay = 10_000, 0.01
-    batch = InFlight(cosyq.Synthesizer(tts.artifact, engine), rows=3)
+    engine.errors["bad"] = DeviceError("not finite")
+    batch = InFlight(cosyq.Synthesizer(tts.artifact, engine), rows=5)
     ears = [submit(batch, "hello there", seed=seed) for seed in range(3)]
+    bad = submit(batch, "hello there", voice=named(voice, "bad"))
     leaves = submit(batch, LONG)
     assert leaves.began.wait(20)
     leaves.cancel()
-    for ear in ears:
+    for ear in (*ears, bad):
         assert ear.over.wait(20)
     batch.close()
+    assert "not finite" in str(bad.error)
     assert max(len(work) for work in engine.done if isinstance(work, tuple)) > 1
     for seed, ear in enumerate(ears):
         np.testing.assert_array_equal(joined(ear.chunks), joined(tts.stream("hello there", seed=seed)))
@@ -385,6 +389,18 @@ def test_an_iterator_that_is_closed_gives_up_its_request(batch):
         time.sleep(0.005)
     with pytest.raises(CosyqError, match="nothing to say"):
         list(batch.stream("..."))
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("cpu", {1}), ("cuda", {1, 2, 4})])
+def test_warming_up_takes_every_size_of_a_batch(tts, engine, kind, sizes):
+    """On a GPU, where each is compiled and recorded by itself; here only what is asked for is looked at."""
+    batch, seen = InFlight(cosyq.Synthesizer(tts.artifact, engine), rows=4), set()
+    advance = batch._decoder.advance
+    batch._decoder.advance = lambda rows, span: seen.add(rows) or advance(rows, span)
+    engine.device = torch.device(kind)
+    batch.warm_up("a")
+    batch.close()
+    assert seen == sizes
 
 
 def test_a_cpu_speaks_four_at_once(tts):
