@@ -36,10 +36,10 @@ def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Ten
 
 
 @triton.jit
-def _unpack_rows(codes, scales, out, count, group, SIZE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+def _unpack_rows(codes, scales, out, count, RUN: tl.constexpr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     there = at < count
-    scale = tl.load(scales + at // group, mask=there, other=0.0)
+    scale = tl.load(scales + at // RUN, mask=there, other=0.0)
     code = tl.load(codes + at, mask=there, other=0, eviction_policy="evict_first").to(tl.float32)
     tl.store(out + at, (code * scale * INT8_STEP).to(out.dtype.element_ty), mask=there)
 
@@ -47,18 +47,17 @@ def _unpack_rows(codes, scales, out, count, group, SIZE: tl.constexpr):
 def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type."""
     count, size = codes.numel(), 4096
-    _unpack_rows[(triton.cdiv(count, size),)](
-        codes, scales, out, count, count // scales.numel(), SIZE=size, num_warps=8
-    )
+    run = count // scales.numel()
+    _unpack_rows[(triton.cdiv(count, size),)](codes, scales, out, count, RUN=run, SIZE=size, num_warps=4)
 
 
 @triton.jit
-def _unpack_blocks(codes, scales, levels, out, count, group, SIZE: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * SIZE
+def _unpack_blocks(codes, scales, levels, out, count, RUN: tl.constexpr, SIZE: tl.constexpr):
+    first = tl.program_id(0) * SIZE
     at = first + tl.arange(0, SIZE)
     there = at < count
     pair = tl.load(codes + at, mask=there, other=0, eviction_policy="evict_first").to(tl.int32)
-    scale = tl.load(scales + at * 2 // group, mask=there, other=0.0)
+    scale = tl.load(scales + at * 2 // RUN, mask=there, other=0.0)
     values = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
     at = 2 * first + tl.arange(0, 2 * SIZE)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=at < 2 * count)
@@ -67,9 +66,8 @@ def _unpack_blocks(codes, scales, levels, out, count, group, SIZE: tl.constexpr)
 def unpack_blocks(codes: Tensor, scales: Tensor, levels: Tensor, out: Tensor) -> None:
     """4-bit codes, two a byte [n / 2], absmax of equal runs and the sixteen levels, float32, to out [n] in its type."""
     count, size = codes.numel(), 2048
-    _unpack_blocks[(triton.cdiv(count, size),)](
-        codes, scales, levels, out, count, 2 * count // scales.numel(), SIZE=size, num_warps=4
-    )
+    run = 2 * count // scales.numel()
+    _unpack_blocks[(triton.cdiv(count, size),)](codes, scales, levels, out, count, RUN=run, SIZE=size, num_warps=4)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

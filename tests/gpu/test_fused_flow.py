@@ -68,3 +68,13 @@ def test_neighbours_change_nothing_but_roundings(noise):
     alone = [called(fused, u, noise) for u in some]
     for found, expected in zip(fused.solve(some, noise, steps=10), alone, strict=True):
         assert distance(found, expected) < 0.02
+
+
+def test_graphs_outlive_neither_their_memory_nor_each_other(noise):
+    """A longer utterance than any before moves the activations: what was captured is captured anew."""
+    fused = FusedFlow(random_flow(FORMATS[1], torch.bfloat16, CUDA))
+    short = utterance(40, 0, streaming=False, final=True)
+    first = called(fused, short, noise)
+    for tokens in (100, 300, 900):
+        called(fused, utterance(tokens, 0, streaming=False, final=True), noise)
+        assert torch.equal(called(fused, short, noise), first)

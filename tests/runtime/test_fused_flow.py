@@ -104,3 +104,17 @@ def test_takes_the_flow_apart():
 def test_an_utterance_beyond_the_noise_is_refused():
     with pytest.raises(ValueError, match="62 frames asked for, the fixed noise covers 60"):
         called(FusedFlow(network(None)), utterance(31, 0, streaming=False, final=True))
+
+
+def test_what_is_called_between_steps_may_end_the_work():
+    plain, fused, calls = network(None), FusedFlow(network(None)), []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fused.solve([OFFLINE], start_noise(SMALL), steps=2, between=stop)
+    assert len(calls) == 2
+    assert relative(called(fused, OFFLINE, 1), called(plain, OFFLINE, 1)) < EXACT
