@@ -94,7 +94,7 @@ class FusedVocoder:
             last = i == len(w.stages) - 1
             rows = Extent(self.chunk, stage.rate, extra=last)
             taps = w.post.taps if last else w.stages[i + 1].up.taps
-            into = self._rows(f"low{i + 1}", split(b.low, 1, stage.down.outputs))
+            into = self._rows(f"low{i + 1}", b.last if last else split(b.low, 1, stage.down.outputs))
             act = Activation(into, taps, slope=POST_SLOPE if last else slope)
             self._stage(f"stage{i}", stage, low.into, frames, spectrum, rows, act)
             low, frames = act, rows
