@@ -22,7 +22,7 @@ demo: $(READY)
 	@echo "Listen to build/demo.wav."
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # Full size: needs 10 GB of disk and minutes.
 test-slow: $(READY)
@@ -32,6 +32,7 @@ quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	[ ! -x $(BIN)/hadolint ] || $(BIN)/hadolint Dockerfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

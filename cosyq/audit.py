@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
+from cosyq.artifact.compare import relative_error
 from cosyq.artifact.manifest import FILE_NAME
 from cosyq.artifact.reader import Artifact, StageFile, check_file, unpacked
 from cosyq.checkpoint.reader import open_checkpoint, open_stage
@@ -62,16 +61,11 @@ def measure_errors(
             progress(module.name, done, total)
             done += record.bytes
             stored = unpacked(artifact, file, module)
-            measured = max(_relative(stored[name], tensors.read(module, name)) for name in module.parameters)
-            if abs(measured - record.rms_error) > TOLERANCE + 0.01 * record.rms_error:
+            measured = max(relative_error(stored[name], tensors.read(module, name)) for name in module.parameters)
+            if not abs(measured - record.rms_error) <= TOLERANCE + 0.01 * record.rms_error:  # nor is NaN
                 raise ArtifactError(
                     f"{module.name} differs from the source by {measured:.4%}, recorded are {record.rms_error:.4%}",
                     where=file.path,
                     remedy="it was made from another checkpoint, or changed since",
                 )
             yield ModuleError(module.name, record.rms_error, measured)
-
-
-def _relative(found: Tensor, source: Tensor) -> float:
-    source = source.double()
-    return ((found.double() - source).norm() / source.norm().clamp(min=1e-300)).item()

@@ -67,13 +67,13 @@ def source_folder(recipe: Recipe) -> Path:
         return Path(source.path)
     if source.bundled is not None:
         return bundled_checkpoint(source.bundled)
-    from cosyq import hub
+    from cosyq.hub.snapshot import fetch
 
     assert source.repo is not None
     assert source.revision is not None
     weights = [(str(Path(name).with_suffix(".safetensors")), name) for name in weight_files(source.llm).values()]
     others = [*TEXT_FILES, *(ENCODER_FILES if recipe.enrols else ())]
-    return hub.fetch(source.repo, source.revision, [*weights, *((name,) for name in others)])
+    return fetch(source.repo, source.revision, [*weights, *((name,) for name in others)])
 
 
 def prepare(recipe: Recipe, recipe_text: str) -> Build:
@@ -210,7 +210,7 @@ def _pack_module(decision: Decision, source: StageTensors, file: StageFileWriter
         shape=module.parameters[main],
         source_dtype=source.dtype(module, main),
         bytes=decision.bytes,
-        rms_error=error,
+        rms_error=float(f"{error:.6g}"),  # its last digits are the order of a sum, which threads decide
     )
 
 

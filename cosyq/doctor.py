@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cosyq import __version__, hub
+from cosyq import __version__
 from cosyq.errors import NetworkError
+from cosyq.hub.client import cache_folder, reach, token
 
 # What the published model takes at most: 3.3 GB of memory to quantize (docs/numbers.md) and the rest of a system beside
 # it; 4.4 GB to download; 2.9 GB to keep as fp32.
@@ -79,6 +80,8 @@ def _compute() -> Iterator[Check]:
         yield Check("cuda", "ok", f"CUDA {torch.version.cuda}, driver {driver or 'of unknown version'}")
         for index in range(torch.cuda.device_count()):
             yield _gpu(torch.cuda.get_device_properties(index), index)
+        yield _compiler()
+        yield _kernel_cache()
     elif driver is None:
         yield Check("cuda", "ok", "no NVIDIA driver: everything runs on the CPU")
     elif torch.version.cuda is None:
@@ -96,6 +99,33 @@ def _gpu(about: Any, index: int) -> Check:
         "ok",
         f"{about.name}, {about.total_memory / 1e9:.1f} GB, compute capability {about.major}.{about.minor}",
     )
+
+
+def _compiler() -> Check:
+    """What makes kernels for the GPU when they are first needed."""
+    try:
+        found = f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:
+        return Check("kernels", "note", "triton is not installed: the slower engines are used", "pip install triton")
+    compiler = next((name for name in (os.environ.get("CC"), "gcc", "clang") if name and shutil.which(name)), None)
+    if compiler is None:
+        return Check("kernels", "note", f"{found}, but no C compiler, which it needs", "install gcc, or name one in CC")
+    return Check("kernels", "ok", f"{found}, {compiler}")
+
+
+def _kernel_cache() -> Check:
+    """Where Triton keeps them from one start to the next."""
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    existing = _existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        found = f"{folder} cannot be written: kernels are compiled at every start"
+        return Check("kernels cache", "note", found, "name a folder that is kept in TRITON_CACHE_DIR")
+    return Check("kernels cache", "ok", f"{sum(1 for _ in folder.glob('*/*.cubin'))} in {folder}")
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
 def _driver() -> str | None:
@@ -123,9 +153,9 @@ def _memory() -> Check:
 def _disk() -> Iterator[Check]:
     folders = [("disk for artifacts", Path.cwd(), ARTIFACT)]
     with suppress(ImportError):  # which was said above
-        folders.append(("disk for downloads", hub.cache_folder(), DOWNLOAD))
+        folders.append(("disk for downloads", cache_folder(), DOWNLOAD))
     for name, folder, needed in folders:
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        existing = _existing(folder)
         free = shutil.disk_usage(existing).free
         found = f"{free / 1e9:.1f} GB free in {folder}"
         if not os.access(existing, os.W_OK):
@@ -138,7 +168,7 @@ def _disk() -> Iterator[Check]:
 
 def _token() -> Check:
     try:
-        there = hub.token() is not None
+        there = token() is not None
     except NetworkError as error:
         return Check("HF_TOKEN", "missing", error.what, "set it to a token as huggingface.co/settings/tokens shows it")
     if there:
@@ -152,7 +182,7 @@ def _reach() -> Check:
     repo = load_recipe(find_recipe("int8")).source.repo
     assert repo is not None
     try:
-        user = hub.reach(repo)
+        user = reach(repo)
     except NetworkError as error:
         return Check("hub", "missing", str(error), error.remedy or "see whether a proxy is needed: HTTPS_PROXY")
     return Check("hub", "ok", f"has {repo}" + (f"; HF_TOKEN is {user}'s" if user else ""))

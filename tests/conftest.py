@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
+# As many threads here as in the processes that tests start: sums, and so samples, depend on it in their last bits.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is imported
 
 import pytest
@@ -25,11 +27,6 @@ from cosyq.voices.voice import Voice
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden" / "tiny-a"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -94,9 +91,10 @@ def whole_checkpoint(scratch_checkpoint: Path, encoders_folder: Path) -> Path:
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[stand_in.Web]:
-    """A small web server with TLS; SSL_CERT_FILE=`tmp_path`/ca.pem trusts it."""
+def web(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[stand_in.Web]:
+    """A small web server with TLS, which this process trusts; SSL_CERT_FILE=`tmp_path`/ca.pem lets others trust it."""
     with stand_in.web(tmp_path) as server:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
         yield server
 
 
@@ -113,8 +111,19 @@ def voice(golden: dict[str, torch.Tensor]) -> Voice:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[stand_in_hub.Hub]:
-    """A Hub on loopback for the real client in this process: its address, cache and patience are set to suit tests."""
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for what is downloaded in this process, as HF_HOME is for another; and downloading is allowed."""
+    folder = tmp_path / "cache"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", folder / "assets")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[stand_in_hub.Hub]:
+    """A Hub on loopback for the real client in this process: its address and patience are set to suit tests."""
 
     with stand_in_hub.hub() as server:
         server.tokens = {stand_in_hub.TOKEN: ("me", True), "hf_reader": ("me", False), "hf_other": ("other", True)}
@@ -122,13 +131,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[stand_in_hu
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for module in ("utils._http", "file_download"):  # the client waits between its tries
             monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda _: None))
         monkeypatch.setenv("HF_TOKEN", stand_in_hub.TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield server
 
 

@@ -1,6 +1,6 @@
 """A stand-in for the Hub on loopback: repositories with commits, branches and large files, tokens, and trouble.
 
-It answers what huggingface_hub asks, over the plain LFS protocol: HF_HUB_DISABLE_XET must be set.
+It answers what huggingface_hub asks, over the plain LFS protocol where HF_HUB_DISABLE_XET is set, else as `stand_in_xet`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
+
+import yaml
+from stand_in_xet import ROUTES as XET_ROUTES
+from stand_in_xet import TOKEN as XET_TOKEN
+from stand_in_xet import Xet
 
 REPO = "me/tiny"
 TOKEN = "hf_mineAndSecret"
@@ -59,6 +64,7 @@ class Hub(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.repositories: dict[str, Repository] = {}
         self.large: dict[str, bytes] = {}  # what arrived in large file storage, by sha256
+        self.xet = Xet()
         self.tokens: dict[str, tuple[str, bool]] = {}  # token -> (user, may write)
         self.requests: list[str] = []
         self.ranges: list[str] = []
@@ -122,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(min(fault.cut, int(self.headers.get("Content-Length", 0))))
             return self.cut()
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token and token not in self.server.tokens and not path.startswith("/large/"):
+        if token and token not in (*self.server.tokens, XET_TOKEN) and not path.startswith("/large/"):
             return self.refuse(401, message="Invalid credentials in Authorization header")
         self.user, self.writes = self.server.tokens.get(token, (None, False))
         for pattern, handle in ROUTES:
@@ -240,8 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
 
     def validate(self):
-        self.body()
-        self.answer(200, {"errors": [], "warnings": []})
+        wrong = _card_errors(json.loads(self.body())["content"])
+        self.answer(400 if wrong else 200, {"errors": [{"message": message} for message in wrong], "warnings": []})
 
     def whoami(self):
         if self.user is None:
@@ -280,7 +286,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = data.commits[sha].get(name)
         if content is None:
             return self.refuse(404, "EntryNotFound")
-        about = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        about = {"ETag": f'"{_oid(name, content)}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if found := self.server.xet.known.get(hashlib.sha256(content).hexdigest()):
+            address = f"{self.server.address}/api/models/{repo}/xet-read-token/{sha}"
+            about |= {"X-Xet-Hash": found, "Link": f'<{address}>; rel="xet-auth"'}
         start = 0
         if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             start = int(wanted[1])
@@ -320,7 +329,26 @@ ROUTES = [
     (r"PUT /large/(?P<oid>\w+)/(?P<part>\d+)", _Handler.store),
     (r"POST /large/(?P<oid>\w+)", _Handler.complete),
     (rf"(?:GET|HEAD) /{NAMED}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", _Handler.resolve),
+    *XET_ROUTES,
 ]
+
+
+def _card_errors(text):
+    """What the Hub has against a card's metadata, of those keys that ours have."""
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    data = yaml.safe_load(match[1]) if match else None
+    if not isinstance(data, dict):
+        return ["no metadata"]
+    allowed = {
+        "license": lambda value: value in ("apache-2.0", "mit", "other"),
+        "language": lambda value: all(re.fullmatch("[a-z]{2,3}", code) for code in value),
+        "base_model": lambda value: re.fullmatch(r"[\w.-]+/[\w.-]+", value),
+        "base_model_relation": lambda value: value in ("adapter", "finetune", "merge", "quantized"),
+        "pipeline_tag": lambda value: value == "text-to-speech",
+        "library_name": lambda value: re.fullmatch(r"[\w-]+", value),
+        "tags": lambda value: all(isinstance(tag, str) for tag in value),
+    }
+    return [f'"{key}" must be otherwise' for key in data if key not in allowed or not allowed[key](data[key])]
 
 
 def _oid(name, content):

@@ -97,6 +97,39 @@ def test_gpu_and_driver(checks, monkeypatch, tmp_path):
     assert found["cuda:1"].found == "NVIDIA H100, 85.0 GB, compute capability 9.0"
 
 
+def test_what_compiles_kernels_and_where_they_are_kept(checks, monkeypatch, tmp_path):
+    assert "kernels" not in checks()[1]  # which a CPU has none of
+    about = SimpleNamespace(name="NVIDIA H100", total_memory=85_000_000_000, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    (tmp_path / "cache" / "AB").mkdir(parents=True)
+    (tmp_path / "cache" / "AB" / "step.cubin").write_bytes(b"")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", sys.executable)
+    code, found = checks()
+    assert code == 0
+    assert found["kernels"].found == f"triton {importlib.metadata.version('triton')}, {sys.executable}"
+    assert (found["kernels cache"].status, found["kernels cache"].found) == ("ok", f"1 in {tmp_path / 'cache'}")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, found = checks()
+    assert code == 0
+    assert "no C compiler" in found["kernels"].found
+    assert (found["kernels cache"].status, found["kernels cache"].remedy[-16:]) == ("note", "TRITON_CACHE_DIR")
+    version = importlib.metadata.version
+
+    def without(name):
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert checks()[1]["kernels"].remedy == "pip install triton"
+
+
 def test_memory_and_disk_that_will_not_do_are_noted(checks, monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1000000 kB\n")
     monkeypatch.setattr(doctor, "MEMINFO", tmp_path / "meminfo")

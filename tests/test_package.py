@@ -1,6 +1,8 @@
 """The wheel and the source distribution: what they need, nothing else, and a machine that has only them."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -55,6 +57,31 @@ def test_the_source_distribution_holds_what_makes_the_wheel(built):
     with tarfile.open(built / SDIST) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert names - {"PKG-INFO", ".gitignore"} == tracked("cosyq", *MOVED) | TOP
+
+
+def test_the_container_is_given_what_makes_the_wheel(built, tmp_path):
+    """What the Dockerfile copies, and .dockerignore lets through, makes the same wheel. No image is built here."""
+    lines = (REPOSITORY / "Dockerfile").read_text().splitlines()
+    let_through = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line[0] == "!"}
+    copied = [line.split()[1:] for line in lines if line.startswith("COPY ") and "--from" not in line]
+    for *sources, target in copied:
+        assert set(sources) <= let_through
+        for source in sources:
+            place = tmp_path / (source if target == "./" else target)
+            whole = (REPOSITORY / source).is_dir()
+            (shutil.copytree if whole else shutil.copy)(REPOSITORY / source, place)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path / "out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheels = [zipfile.ZipFile(folder / WHEEL) for folder in (tmp_path / "out", built)]
+    assert {i.filename: i.CRC for i in wheels[0].infolist()} == {i.filename: i.CRC for i in wheels[1].infolist()}
+
+
+def test_the_container_has_the_torch_of_the_tests():
+    (pinned,) = re.findall(r"^TORCH \?= (.*)$", (REPOSITORY / "Makefile").read_text(), re.M)
+    text = (REPOSITORY / "Dockerfile").read_text()
+    assert re.findall(r"torch==\S+", text) == [pinned] * 2
+    assert re.findall(r"^ARG PYTHON=(.*)$", text, re.M)[0].count(".") == 2  # a release, not a tag that moves
 
 
 def test_a_clean_environment_speaks(built, tmp_path):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import replace
-from pathlib import Path
 
 from cosyq.artifact.manifest import FILE_NAME, VOICE_FOLDER, FileRecord, Manifest
 from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError
+from cosyq.files import whole_file
 
 
 def put_voice(artifact: Artifact, name: str, data: bytes) -> Artifact:
@@ -24,7 +23,8 @@ def put_voice(artifact: Artifact, name: str, data: bytes) -> Artifact:
         target.parent.mkdir(exist_ok=True)
         # Unlisted first: whatever is interrupted, every file the manifest lists is as it says.
         artifact = _unlist(artifact, name)
-        _replace_file(target, data)
+        with whole_file(target) as partial:
+            partial.write_bytes(data)
         return _write_manifest(artifact, {**artifact.manifest.files, _key(name): record})
     except OSError as error:
         raise ArtifactError(f"cannot be written ({error.strerror or error})", where=target) from None
@@ -56,14 +56,6 @@ def _unlist(artifact: Artifact, name: str) -> Artifact:
 
 def _write_manifest(artifact: Artifact, files: dict[str, FileRecord]) -> Artifact:
     manifest: Manifest = replace(artifact.manifest, files=files)
-    _replace_file(artifact.folder / FILE_NAME, manifest.to_json().encode())
+    with whole_file(artifact.folder / FILE_NAME) as partial:
+        partial.write_bytes(manifest.to_json().encode())
     return Artifact(artifact.folder, manifest)
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

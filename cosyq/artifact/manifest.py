@@ -16,7 +16,8 @@ READER = 1  # the newest `minimum_reader` that this code satisfies
 FILE_NAME = "manifest.json"
 STAGE_FILES = {"llm": "llm.safetensors", "flow": "flow.safetensors", "vocoder": "vocoder.safetensors"}
 TOKENIZER_FILE, RECIPE_FILE, VOICE_FOLDER = "tokenizer.json", "recipe.yaml", "voices"
-_PATH = re.compile(r"(voices/)?[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_PATH = re.compile(rf"({VOICE_FOLDER}/)?{_NAME.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -55,7 +56,7 @@ class SourceRecord:
 class Manifest:
     name: str
     source: SourceRecord
-    recipe: dict[str, Any]  # as resolved, overrides included
+    recipe: dict[str, Any]  # as resolved, overrides included; of its keys, `_recipe` checks those that are asked for
     recipe_sha256: str
     model: ModelConfig
     flow_steps: tuple[int, ...]
@@ -65,6 +66,11 @@ class Manifest:
     device: str
     schema: int = SCHEMA
     minimum_reader: int = 1
+
+    @property
+    def bundled(self) -> str | None:
+        """The name of the checkpoint that came with cosyq, where it was made from one."""
+        return self.recipe["source"].get("bundled")
 
     def to_json(self) -> str:
         """Canonical text, ending in a digest of itself."""
@@ -108,7 +114,7 @@ class Manifest:
                     revision=_text_or_none(data["source"]["revision"]),
                     files={str(k): _hash(v) for k, v in data["source"]["files"].items()},
                 ),
-                recipe=dict(data["recipe"]),
+                recipe=_recipe(data["recipe"]),
                 recipe_sha256=_hash(data["recipe_sha256"]),
                 model=ModelConfig.from_dict(data["model"]),
                 flow_steps=tuple(_count(n) for n in data["flow_steps"]),
@@ -156,6 +162,23 @@ def _hash(value: Any) -> str:
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
         raise ValueError(f"expected a sha256, found {value!r}")
     return value
+
+
+def _name(value: Any) -> str:
+    if not _NAME.fullmatch(_text(value)):
+        raise ValueError(f"{value!r} is not a name")
+    return value
+
+
+def _recipe(data: Any) -> dict[str, Any]:
+    """What is asked of a recipe later is there: the source's file and bundled name, the stages' formats."""
+    source, stages = data["source"], data["stages"]
+    _name(source["llm"])
+    if source.get("bundled") is not None:
+        _name(source["bundled"])
+    for options in (*stages.values(), *(stages[stage] for stage in STAGE_FILES)):
+        _text(options["weights"])
+    return dict(data)
 
 
 def _path(value: str) -> str:

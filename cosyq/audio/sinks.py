@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosyq.errors import ArtifactError, ReaderGoneError, UsageError
+from cosyq.files import whole_file
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".mp3": "MP3"}
 OPEN_LENGTH = 0xFFFFFFFF  # what a streamed wav header says in place of a size
@@ -95,25 +96,6 @@ def check_suffix(path: Path, *, raw: bool) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write, renamed to `path` when the block ends well.
-
-    Raises:
-        ArtifactError: the file cannot be written.
-    """
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        yield partial
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "libsndfile" not in type(error).__name__.lower() + str(error).lower():
-            raise
-        raise ArtifactError(f"cannot be written ({error})", where=path) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
 def file_sink(path: Path, sample_rate: int, *, raw: bool) -> Iterator[Sink]:
     """A sink into a file that appears when the block ends well.
 
@@ -127,8 +109,10 @@ def file_sink(path: Path, sample_rate: int, *, raw: bool) -> Iterator[Sink]:
             with partial.open("wb") as file:
                 yield _RawFile(file)
         else:
-            sound = _SoundFile(partial, sample_rate, FORMATS[path.suffix.lower()])
+            import soundfile
+
             try:
-                yield sound
-            finally:
-                sound.close()
+                with closing(_SoundFile(partial, sample_rate, FORMATS[path.suffix.lower()])) as sound:
+                    yield sound
+            except soundfile.SoundFileError as error:
+                raise ArtifactError(f"cannot be written ({error})", where=path) from None

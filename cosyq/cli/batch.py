@@ -18,9 +18,10 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
 
-from cosyq.audio.sinks import FORMATS, file_sink, whole_file
+from cosyq.audio.sinks import FORMATS, file_sink
 from cosyq.cli.console import expect, note, progress_bar
 from cosyq.errors import ArtifactError, CosyqError, ReaderGoneError, UsageError
+from cosyq.files import whole_file
 from cosyq.runtime.synthesizer import Synthesizer
 from cosyq.text.prompt import speakable
 from cosyq.voices.voice import Voice

@@ -11,7 +11,22 @@ from typing import Annotated, Any
 import typer
 
 from cosyq import __version__
-from cosyq.cli import checkpoint, convert, doctor, inspect, pull, push, quantize, recipes, serve, synth, verify, voice
+from cosyq.cli import (
+    checkpoint,
+    convert,
+    diff,
+    doctor,
+    export,
+    inspect,
+    pull,
+    push,
+    quantize,
+    recipes,
+    serve,
+    synth,
+    verify,
+    voice,
+)
 from cosyq.cli.console import expect
 from cosyq.errors import ReaderGoneError
 
@@ -30,10 +45,12 @@ app.command("serve")(serve.serve)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
+app.command("diff")(diff.diff)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)
 app.add_typer(voice.app, name="voice")
+app.add_typer(export.app, name="export")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cosyq.artifact.reader import Artifact
     from cosyq.server.speaker import Speaker
 
-PACKAGES = ("fastapi", "starlette", "uvicorn", "av", "prometheus_client", "python_multipart")
+PACKAGES = ("fastapi", "starlette", "uvicorn", "av", "prometheus_client", "python_multipart", "websockets")
 ELSEWHERE = ("COSYQ_ARTIFACT", "COSYQ_DEBUG")  # variables that are read without an option of ours
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -36,6 +36,17 @@ def serve(
         bool, typer.Option(envvar="COSYQ_PUBLIC_LISTS", help="List models and voices without a key.")
     ] = True,
     max_characters: Annotated[int, typer.Option(envvar="COSYQ_MAX_CHARACTERS", min=1, help="Of an input.")] = 4096,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(envvar="COSYQ_MAX_CONCURRENCY", min=1, max=256, help="Requests spoken at once; else by memory."),
+    ] = None,
+    key_concurrency: Annotated[
+        int | None, typer.Option(envvar="COSYQ_KEY_CONCURRENCY", min=1, help="Requests at once of one API key.")
+    ] = None,
+    idle_unload: Annotated[
+        float | None,
+        typer.Option(envvar="COSYQ_IDLE_UNLOAD", min=1, help="Let go of the model after so many seconds unused."),
+    ] = None,
     queue: Annotated[int, typer.Option(envvar="COSYQ_QUEUE", min=1, help="Requests that may wait.")] = 32,
     wait: Annotated[float, typer.Option(envvar="COSYQ_WAIT", min=0.1, help="Seconds that one waits.")] = 20.0,
     deadline: Annotated[float, typer.Option(envvar="COSYQ_DEADLINE", min=1, help="Seconds for a request.")] = 300.0,
@@ -45,7 +56,8 @@ def serve(
         typer.Option(envvar="COSYQ_SOURCE", help="The encoders' DIR or REPO@REV, to add voices over HTTP."),
     ] = None,
     engine: Annotated[
-        Literal["auto", "reference", "unpacked", "bnb"], typer.Option(envvar="COSYQ_ENGINE", help="What multiplies.")
+        Literal["auto", "fused", "reference", "unpacked", "bnb"],
+        typer.Option(envvar="COSYQ_ENGINE", help="What multiplies."),
     ] = "auto",
     device: Annotated[str, typer.Option(envvar="COSYQ_DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
@@ -77,6 +89,7 @@ def serve(
         public_lists=public_lists,
         max_characters=max_characters,
         longest_queue=queue,
+        key_concurrency=key_concurrency,
         wait_seconds=wait,
         deadline_seconds=deadline,
         drain_seconds=drain,
@@ -86,7 +99,8 @@ def serve(
     logs.to_stderr()
     address, number = listening.getsockname()[:2]
     logs.event("listening", host=address, port=number, artifact=str(opened.folder), keys=len(settings.keys))
-    serve(settings, listening, _loader(opened, queue, encoders, engine, device, dtype))
+    speaker = {"rows": max_concurrency, "longest_queue": queue, "idle": idle_unload, "encoders": encoders}
+    serve(settings, listening, _loader(opened, speaker, {"engine": engine, "device": device, "dtype": dtype}))
 
 
 def unknown_variables(environment: Iterable[str], context: typer.Context) -> list[str]:
@@ -97,7 +111,7 @@ def unknown_variables(environment: Iterable[str], context: typer.Context) -> lis
 
 def _encoders(opened: Artifact, source: str | None) -> Path | None:
     """Their folder, fetched if need be; None where none was asked for. The small model's come along."""
-    if source is None and opened.manifest.recipe["source"].get("bundled") is None:
+    if source is None and opened.manifest.bundled is None:
         return None
     from cosyq.cli.voice import encoders_folder
     from cosyq.voices.enrol import encoder_files
@@ -108,16 +122,17 @@ def _encoders(opened: Artifact, source: str | None) -> Path | None:
 
 
 def _loader(
-    opened: Artifact, queue: int, encoders: Path | None, engine: Any, device: str, dtype: str
+    opened: Artifact, speaker: dict[str, Any], place: dict[str, Any]
 ) -> Callable[[Callable[[CosyqError], None]], Speaker]:
-    def load(on_fatal: Callable[[CosyqError], None]) -> Speaker:
+    def make(on_fatal: Callable[[CosyqError], None]) -> Speaker:
+        from cosyq.runtime.engine import pick_device
         from cosyq.runtime.synthesizer import load
-        from cosyq.server.single import SingleSpeaker
+        from cosyq.server.batch import BatchSpeaker
 
-        tts = load(opened, device=device, dtype=dtype, engine=engine)
-        return SingleSpeaker(tts, longest_queue=queue, on_fatal=on_fatal, encoders=encoders)
+        device = pick_device(place["device"])
+        return BatchSpeaker(lambda: load(opened, **place), device=device, on_fatal=on_fatal, **speaker)
 
-    return load
+    return make
 
 
 def _folder(given: str | None) -> Path:
@@ -131,7 +146,7 @@ def _folder(given: str | None) -> Path:
         raise UsageError("not understood", where=str(error), remedy=remedy) from None
     if formats is None or given is not None or os.environ.get("COSYQ_ARTIFACT"):
         return choose_artifact(given)
-    found = [path for path in DEFAULT_FOLDER.glob("*/manifest.json") if _weights(path) in formats]
+    found = [path for path in DEFAULT_FOLDER.glob("*/manifest.json") if _weights(path.parent) in formats]
     if not found:
         wanted = " or ".join(sorted(formats))
         raise ArtifactError(
@@ -142,11 +157,11 @@ def _folder(given: str | None) -> Path:
     return folder
 
 
-def _weights(manifest: Path) -> str:
+def _weights(folder: Path) -> str:
     """How the language model's weights are stored; nothing where that cannot be read."""
-    from cosyq.artifact.manifest import Manifest
+    from cosyq.artifact.reader import read_manifest
 
     try:
-        return str(Manifest.from_json(manifest.read_text("utf-8")).recipe["stages"]["llm"]["weights"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(read_manifest(folder).recipe["stages"]["llm"]["weights"])
+    except ArtifactError:
         return ""

@@ -44,7 +44,8 @@ def synth(
     source: Source = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
     engine: Annotated[
-        Literal["auto", "reference", "unpacked", "bnb"], typer.Option(help="What multiplies; unpacked takes memory.")
+        Literal["auto", "fused", "reference", "unpacked", "bnb"],
+        typer.Option(help="What multiplies; unpacked takes memory."),
     ] = "auto",
     device: Device = "auto",
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of matrix products.")] = "auto",
@@ -122,7 +123,8 @@ def synth(
 
 def _write(chunks: Iterator[Audio], target: Path | None, sample_rate: int, *, raw: bool, srt: Path | None) -> Audio:
     """Write the audio and its subtitles; returns the last chunk."""
-    from cosyq.audio.sinks import PipeSink, file_sink, whole_file
+    from cosyq.audio.sinks import PipeSink, file_sink
+    from cosyq.files import whole_file
     from cosyq.text.subtitles import Subtitles
 
     subtitles = Subtitles(sample_rate)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cosyq.cli.console import ArtifactOption, Json, choose_artifact, emit, note, print_table
-from cosyq.errors import ArtifactError, CheckpointError, UsageError
+from cosyq.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from cosyq.artifact.reader import Artifact
@@ -90,16 +90,14 @@ def export(
     import shutil
 
     from cosyq.artifact.reader import open_artifact
+    from cosyq.files import whole_file
 
     opened = open_artifact(choose_artifact(artifact))
     _require(opened, name)
     if output.exists():
         raise UsageError("exists already", where=output)
-    try:
-        shutil.copyfile(opened.voice_files()[name], output)
-    except OSError as error:
-        output.unlink(missing_ok=True)
-        raise ArtifactError(f"cannot be written ({error.strerror})", where=output) from None
+    with whole_file(output) as partial:
+        shutil.copyfile(opened.voice_files()[name], partial)
     if as_json:
         emit({"voice": name, "output": str(output)})
     else:
@@ -117,14 +115,14 @@ def make_voice(opened: Artifact, name: str, audio: Path, transcript: str, source
 
 
 def encoders_folder(opened: Artifact, source: str | None) -> Path:
-    from cosyq import hub
+    from cosyq.hub.snapshot import fetch
     from cosyq.recipe import bundled_checkpoint
     from cosyq.voices.enrol import ENCODER_FILES
 
     if source is not None and Path(source).is_dir():
         return Path(source)
-    if source is None and opened.manifest.recipe["source"].get("bundled") == "mini":
-        return bundled_checkpoint("mini")
+    if source is None and opened.manifest.bundled is not None:
+        return bundled_checkpoint(opened.manifest.bundled)
     repo, _, revision = source.partition("@") if source else (opened.manifest.source.repo, "", None)
     revision = revision or opened.manifest.source.revision
     if not repo or not revision:
@@ -132,7 +130,7 @@ def encoders_folder(opened: Artifact, source: str | None) -> Path:
             "the artifact does not say where its encoders are", where=opened.folder, remedy="give --source DIR"
         )
     note(f"encoders: {repo}@{revision}")
-    return hub.fetch(repo, revision, [(name,) for name in ENCODER_FILES])
+    return fetch(repo, revision, [(name,) for name in ENCODER_FILES])
 
 
 def _require(opened: Artifact, name: str) -> None:

@@ -8,6 +8,7 @@ stream equals one block-causal pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 from cosyq.model.config import FlowConfig
 from cosyq.model.dit import DiT, block_causal_mask
+
+
+def nothing() -> None:
+    """What is done between two steps, where nobody wants more."""
 
 
 def time_steps(steps: int) -> tuple[list[float], list[float]]:
@@ -88,6 +93,15 @@ class Flow(nn.Module):
         self.estimator = DiT(config, dtype)
         self.adaln = nn.ParameterDict({str(n): nn.Parameter(torch.empty(n, config.modulation_width)) for n in steps})
 
+    def condition(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, *, final: bool) -> Tensor:
+        """What the estimator is told of every frame, [frames, mel + token + mel] float32; arguments as in `forward`."""
+        embedded = self.token_embedding(tokens).float().unsqueeze(0)
+        mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
+        weight_dtype = self.speaker_proj.weight.dtype
+        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(weight_dtype)).float()
+        prompt = F.pad(prompt_mel, (0, 0, 0, mu.shape[0] - prompt_mel.shape[0]))
+        return torch.cat([prompt, mu, voice.expand(mu.shape[0], -1)], dim=-1)
+
     def forward(
         self,
         tokens: Tensor,
@@ -98,6 +112,7 @@ class Flow(nn.Module):
         streaming: bool,
         final: bool,
         steps: int,
+        between: Callable[[], None] = nothing,
     ) -> Tensor:
         """Solve the flow for one utterance.
 
@@ -109,25 +124,21 @@ class Flow(nn.Module):
             streaming: block-causal attention instead of full.
             final: no token will follow.
             steps: Euler steps, one of the tables' keys.
+            between: called before each Euler step; what it raises ends the work.
 
         Returns the mel of everything after the prompt, [mel, frames - p] float32.
         """
         table = self.adaln[str(steps)]
-        embedded = self.token_embedding(tokens).float().unsqueeze(0)
-        mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
-        frames, prompt_frames = mu.shape[0], prompt_mel.shape[0]
+        given = self.condition(tokens, speaker, prompt_mel, final=final)
+        frames, prompt_frames = given.shape[0], prompt_mel.shape[0]
         if frames > noise.shape[0]:
             raise ValueError(f"{frames} frames asked for, the fixed noise covers {noise.shape[0]}")
-
-        weight_dtype = self.speaker_proj.weight.dtype
-        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(weight_dtype)).float()
-        prompt = F.pad(prompt_mel, (0, 0, 0, frames - prompt_frames))
-        given = torch.cat([prompt, mu, voice.expand(frames, -1)], dim=-1)
         condition = torch.stack([given, torch.zeros_like(given)])  # the second branch is unconditional
 
         mask = block_causal_mask(frames, self.config.chunk_frames, tokens.device) if streaming else None
         x = noise[:frames]
         for row, dt in zip(table, time_steps(steps)[1], strict=True):
+            between()
             conditional, free = self.estimator(x.expand(2, -1, -1), condition, row, mask)
             velocity = (1 + self.config.guidance) * conditional - self.config.guidance * free
             x = x + dt * velocity

@@ -95,6 +95,19 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
 
+    def step(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        """x [b, 1, hidden], each at its own position, [b]; mask [b, 1, 1, span], True where a row may look."""
+        b, span, rows = len(x), mask.shape[-1], torch.arange(len(x), device=x.device)
+        q = rotate(self.q_proj(x).view(b, self.heads, 1, self.head_dim), *rope)
+        k = rotate(self.k_proj(x).view(b, self.kv_heads, 1, self.head_dim), *rope)
+        keys[rows, :, positions] = k[:, :, 0]
+        values[rows, :, positions] = self.v_proj(x).view(b, self.kv_heads, self.head_dim)
+        k, v = keys[:, :, :span], values[:, :, :span]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(out.reshape(b, 1, self.heads * self.head_dim))
+
 
 class MLP(nn.Module):
     """SwiGLU."""
@@ -119,6 +132,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, past: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, keys, values, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def step(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor
+    ) -> Tensor:
+        x = x + self.self_attn.step(self.input_layernorm(x), rope, keys, values, positions, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -156,6 +175,19 @@ class LanguageModel(nn.Module):
             x = layer(x, rope, cache.keys[index], cache.values[index], past)
         cache.length = past + t
         return self.norm(x)
+
+    def step(self, ids: Tensor, positions: Tensor, cache: KVCache, span: int) -> Tensor:
+        """Run one speech id of each of the batch's first b rows, ids [b], at its own position, [b]: [b, speech_rows].
+
+        A row's position is overwritten, and it sees what is up to it; all are below `span`. `cache.length` stays.
+        """
+        c, rows = self.config, len(ids)
+        mask = (torch.arange(span, device=ids.device) <= positions[:, None])[:, None, None]
+        cos, sin = (t[:, None, None] for t in rope_tables(positions, c.head_dim, c.rope_theta))
+        x = self.embed_speech(ids[:, None])
+        for index, layer in enumerate(self.layers):
+            x = layer.step(x, (cos, sin), cache.keys[index, :rows], cache.values[index, :rows], positions, mask)
+        return self.logits(self.norm(x)[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden] -> [..., speech_rows] float32."""

@@ -53,9 +53,7 @@ def model_card(manifest: Manifest, repo: str, reports: Mapping[str, Report]) -> 
 
 
 def _origin(manifest: Manifest) -> Origin | None:
-    source = manifest.recipe.get("source")
-    bundled = source.get("bundled") if isinstance(source, dict) else None
-    return KNOWN.get(manifest.source.repo or "") or BUNDLED.get(str(bundled))
+    return KNOWN.get(manifest.source.repo or "") or BUNDLED.get(manifest.bundled or "")
 
 
 def _base(manifest: Manifest) -> str | None:

@@ -6,17 +6,18 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosyq import hub
 from cosyq.artifact.manifest import FILE_NAME
 from cosyq.artifact.reader import MAX_MANIFEST, open_artifact, read_manifest
 from cosyq.artifact.writer import check_output, check_room, new_folder
 from cosyq.audit import verify_artifact
+from cosyq.hub.client import AGAIN
+from cosyq.hub.snapshot import fetch, find
 from cosyq.publish.card import CARD_FILE
 from cosyq.publish.reference import SCHEME, parse
 from cosyq.publish.reports import REPORT_FILES
 
 _BESIDE = (CARD_FILE, *REPORT_FILES)
-_REMEDY = f"{hub.AGAIN}; or name a local folder"
+_REMEDY = f"{AGAIN}; or name a local folder"
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ def locate(reference: str) -> Snapshot:
         ArtifactError: the repository's manifest is not usable.
     """
     repo, revision = parse(reference)
-    folder = hub.find(repo, revision, FILE_NAME, limit=MAX_MANIFEST, remedy=_REMEDY).parent
+    folder = find(repo, revision, FILE_NAME, limit=MAX_MANIFEST, remedy=_REMEDY).parent
     commit = folder.name
     files = read_manifest(folder).files
     limit = sum(record.bytes for record in files.values()) + MAX_MANIFEST
     wanted = [(name,) for name in (FILE_NAME, *files)]
     return Snapshot(
-        hub.fetch(repo, commit, wanted, optional=_BESIDE, limit=limit, remedy=_REMEDY), repo=repo, commit=commit
+        fetch(repo, commit, wanted, optional=_BESIDE, limit=limit, remedy=_REMEDY), repo=repo, commit=commit
     )
 
 

@@ -8,11 +8,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from cosyq import hub
 from cosyq.artifact.manifest import FILE_NAME, RECIPE_FILE, STAGE_FILES, TOKENIZER_FILE, VOICE_FOLDER, FileRecord
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.audit import verify_artifact
 from cosyq.errors import UsageError
+from cosyq.hub.push import Pushed
+from cosyq.hub.push import push as commit
 from cosyq.publish.card import CARD_FILE, model_card
 from cosyq.publish.reference import parse
 from cosyq.publish.reports import REPORT_FILES, read_report
@@ -23,13 +24,13 @@ _FIXED = {FILE_NAME, RECIPE_FILE, TOKENIZER_FILE, CARD_FILE, *STAGE_FILES.values
 
 def push(
     folder: Path, repo: str, *, with_voices: bool, private: bool, branch: str = "main", dry_run: bool = False
-) -> hub.Pushed:
+) -> Pushed:
     """Verify an artifact and make a branch of a repository hold it, in one commit, or none where it does already.
 
     Raises:
         UsageError: no repository can have that name.
         ArtifactError: it is not whole, or a report in it cannot be read.
-        NetworkError: see `hub.push`.
+        NetworkError: see `hub.push.push`.
     """
     if "@" in repo:
         raise UsageError("a push names its branch with --revision", where=repo)
@@ -38,7 +39,7 @@ def push(
     verify_artifact(opened)
     files = contents(opened, repo, with_voices=with_voices)
     message = f"{opened.manifest.name}, recipe {opened.manifest.recipe_sha256[:12]}"
-    return hub.push(repo, files, ours=is_ours, message=message, private=private, branch=branch, dry_run=dry_run)
+    return commit(repo, files, ours=is_ours, message=message, private=private, branch=branch, dry_run=dry_run)
 
 
 def is_ours(name: str) -> bool:

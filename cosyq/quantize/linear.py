@@ -105,6 +105,13 @@ class PackedEmbedding(nn.Module):
         return dequantize_rows(self.packed["weight"][ids], self.packed["SCB"][ids])
 
 
+def weight_bytes(network: nn.Module) -> int:
+    """What a network's tensors take, packed or not, where they are."""
+    packed = [m.packed.values() for m in network.modules() if isinstance(m, PackedLinear | PackedEmbedding)]
+    tensors = [*network.parameters(), *network.buffers(), *(tensor for layer in packed for tensor in layer)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def packed_linear(
     fmt: Format,
     shape: tuple[int, int],

@@ -1,13 +1,16 @@
 """An engine: the three networks on a device, behind the calls that synthesis makes.
 
-`reference` runs plain torch on any device and unpacks weights on the fly: slow, and what faster engines are
-tested against. `unpacked` is the same with the weights unpacked at load, to the same bits, in the memory that a model
-without quantization needs. `bnb` has bitsandbytes' own products, for comparison.
+`fused` has kernels of our own for CUDA GPUs and is in `runtime.fused`. `reference` runs plain torch on any device and
+unpacks weights on the fly: slow, and what faster engines are tested against. `unpacked` is the same with the weights
+unpacked at load, to the same bits, in the memory that a model without quantization needs. `bnb` has bitsandbytes' own
+products, for comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -16,41 +19,87 @@ from torch import Tensor
 from cosyq.artifact.reader import Artifact, load_stage, text_rows
 from cosyq.errors import DeviceError
 from cosyq.model.config import ModelConfig
-from cosyq.model.flow import Flow, start_noise
+from cosyq.model.flow import Flow, nothing, start_noise
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
-from cosyq.quantize.linear import Matmul
-from cosyq.runtime.decode import Sampler, decode
-from cosyq.runtime.interleave import Frame, interleave
-from cosyq.runtime.sampling import sample
+from cosyq.quantize.linear import Matmul, weight_bytes
+from cosyq.runtime.batch import BatchDecoder
+from cosyq.runtime.decode import Part, Sampler, follow
+from cosyq.runtime.forward import TorchForward
+from cosyq.runtime.sampling import draws, sample
 from cosyq.voices.voice import Voice
 
-EngineName = Literal["reference", "unpacked", "bnb"]
-EngineChoice = Literal["auto", "reference", "unpacked", "bnb"]
-MATMULS: dict[EngineName, Matmul] = {"reference": "dequantize", "unpacked": "unpacked", "bnb": "bitsandbytes"}
+EngineName = Literal["fused", "reference", "unpacked", "bnb"]
+EngineChoice = Literal["auto", "fused", "reference", "unpacked", "bnb"]
+# `fused` begins as the reference and takes it apart.
+MATMULS: dict[EngineName, Matmul] = {
+    "fused": "dequantize",
+    "reference": "dequantize",
+    "unpacked": "unpacked",
+    "bnb": "bitsandbytes",
+}
 VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """All of an utterance's speech ids so far, to be rendered after the prompt of a voice."""
+
+    tokens: list[int]
+    voice: Voice
+    streaming: bool
+    final: bool
+    steps: int
+
+
 class Engine(Protocol):
-    """What a synthesizer needs of an engine. Everything in and out is on the host."""
+    """What a synthesizer needs of an engine. Everything in and out is on the host.
+
+    weights: bytes of each stage, on the device.
+    flow_frames: so many frames of several utterances, prompts included, are worth rendering together; 0 is none.
+    """
 
     name: str
     config: ModelConfig
     device: torch.device
+    weights: dict[str, int]
+    flow_frames: int
+
+    def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
+        """Text ids, then speech ids, for the language model: [n, hidden] float32, on the engine's device."""
 
     def speech_tokens(
-        self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
+        self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator
     ) -> Iterator[int]:
-        """Speech ids after text ids and prompt speech ids; returns how it ended ("stop" or "length")."""
+        """Speech ids of an utterance; returns how it ended ("stop" or "length").
 
-    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
-        """Speech ids while `text` arrives; see `interleave`. Returns how it ended."""
+        Asks for a part only when the next id needs it. All that is shown has at most `positions` ids, and at most
+        `room` are drawn.
+        """
 
-    def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
-        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device."""
+    def decoder(self, rows: int, *, positions: int, room: int) -> BatchDecoder:
+        """For as many utterances at once, each within these bounds; the same ids as `speech_tokens` gives."""
 
-    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
-        """The next samples of an utterance for its next frames [mel, t]: [n] float32."""
+    def mel(
+        self,
+        tokens: list[int],
+        voice: Voice,
+        *,
+        streaming: bool,
+        final: bool,
+        steps: int,
+        between: Callable[[], None] = nothing,
+    ) -> Tensor:
+        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device.
+
+        `between` is called between the steps of the work, as far as it has any, and may end it by an exception.
+        """
+
+    def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
+        """`mel` of several utterances, of the same number of steps, side by side."""
+
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
+        """The next samples of an utterance for its next frames [mel, t]: [n] float32 on the host."""
 
 
 class TorchEngine:
@@ -59,6 +108,8 @@ class TorchEngine:
     Raises:
         DeviceError: the device is missing or too small.
     """
+
+    flow_frames = 0
 
     def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
         matmul = MATMULS[name]
@@ -69,42 +120,48 @@ class TorchEngine:
         self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
         self.flow: Flow = load_stage(artifact, "flow", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
         self.vocoder: Vocoder = load_stage(artifact, "vocoder", device=device, dtype=torch.float32, matmul=matmul)  # type: ignore[assignment]
+        stages = {"llm": self.llm, "flow": self.flow, "vocoder": self.vocoder}
+        self.weights = {name: weight_bytes(network) for name, network in stages.items()}
         self._noise = start_noise(self.config.flow).to(device)
 
-    def prompt_embeddings(self, text: list[int], prompt: list[int]) -> Tensor:
-        """[sos] text [task_id] prompt speech, [1, t, hidden] float32 on the device."""
-        c = self.config.llm
-        speech = self.llm.embed_speech(torch.tensor([c.sos, c.task_id, *prompt], device=self.device))
-        return torch.cat([speech[:1], self._embed_text(text), speech[1:]]).unsqueeze(0)
-
-    def _embed_text(self, ids: list[int]) -> Tensor:
-        return self._text_rows(ids).to(self.device)
+    @torch.inference_mode()
+    def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
+        words = self._text_rows(list(text)).to(self.device)
+        return torch.cat([words, self.llm.embed_speech(torch.tensor(speech, dtype=torch.int64, device=self.device))])
 
     def _cache(self, capacity: int) -> KVCache:
         return KVCache.empty(self.config.llm, capacity, device=self.device, dtype=self.dtype)
 
-    def _sampler(self, generator: torch.Generator) -> Sampler:
+    def _sampler(self, room: int, generator: torch.Generator) -> Sampler:
+        uniform = draws(room, generator)
+
         def sampler(logits: Tensor, history: Sequence[int], may_stop: bool) -> int:
             forbidden = None if may_stop else self.config.llm.speech_vocab
-            return sample(logits, history, self.config.sampling, generator, forbid_from=forbidden)
+            return sample(logits, history, self.config.sampling, uniform[len(history)], forbid_from=forbidden)
 
         return sampler
 
-    @torch.inference_mode()
     def speech_tokens(
-        self, text: list[int], prompt: list[int], *, minimum: int, maximum: int, generator: torch.Generator
+        self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator
     ) -> Iterator[int]:
-        embeddings = self.prompt_embeddings(text, prompt)
-        cache = self._cache(embeddings.shape[1] + maximum)
-        sampler = self._sampler(generator)
-        return (yield from decode(self.llm, embeddings, cache, sampler, minimum=minimum, maximum=maximum))
+        cache, sampler = self._cache(positions + room), self._sampler(room, generator)
+        return (yield from follow(self.llm, self.embed, parts, cache, sampler))
 
-    def interleaved_tokens(self, frame: Frame, text: Iterator[int], *, generator: torch.Generator) -> Iterator[int]:
-        cache = self._cache(frame.capacity)
-        return (yield from interleave(self.llm, self._embed_text, frame, text, cache, self._sampler(generator)))
+    def decoder(self, rows: int, *, positions: int, room: int) -> BatchDecoder:
+        forward = TorchForward(self.llm, rows=rows, capacity=positions + room)
+        return BatchDecoder(forward, self.config.sampling, longest=room)
 
     @torch.inference_mode()
-    def mel(self, tokens: list[int], voice: Voice, *, streaming: bool, final: bool, steps: int) -> Tensor:
+    def mel(
+        self,
+        tokens: list[int],
+        voice: Voice,
+        *,
+        streaming: bool,
+        final: bool,
+        steps: int,
+        between: Callable[[], None] = nothing,
+    ) -> Tensor:
         ids = torch.cat([voice.prompt_tokens.long(), torch.tensor(tokens, dtype=torch.int64)]).to(self.device)
         mel = self.flow(
             ids,
@@ -114,18 +171,25 @@ class TorchEngine:
             streaming=streaming,
             final=final,
             steps=steps,
+            between=between,
         )
         if not torch.isfinite(mel).all():
             raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
         return mel
 
-    @torch.inference_mode()
-    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
-        parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
-        rendered = [
-            self.vocoder.render(part, state, final=final and index == len(parts) - 1)
-            for index, part in enumerate(parts)
+    def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
+        return [
+            self.mel(c.tokens, c.voice, streaming=c.streaming, final=c.final, steps=c.steps, between=between)
+            for c in chunks
         ]
+
+    @torch.inference_mode()
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
+        parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
+        rendered = []
+        for index, part in enumerate(parts):
+            between()
+            rendered.append(self.vocoder.render(part, state, final=final and index == len(parts) - 1))
         wav = torch.cat(rendered, dim=-1)[0].cpu()
         if not torch.isfinite(wav).all():
             raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
@@ -156,10 +220,26 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_engine(name: EngineChoice, device: torch.device) -> EngineName:
-    """auto is `unpacked` on a CPU, where unpacking at every step takes most of the time, and `reference` elsewhere."""
+    """auto is `unpacked` on a CPU, where unpacking at every step takes most of the time, and on a GPU `fused` where it
+    runs, `reference` elsewhere.
+
+    Raises:
+        DeviceError: `fused` was asked for and does not run there.
+    """
     if name == "auto":
-        return "unpacked" if device.type == "cpu" else "reference"
+        return "unpacked" if device.type == "cpu" else "reference" if _obstacle(device) else "fused"
+    if name == "fused" and (obstacle := _obstacle(device)):
+        raise DeviceError(f"the engine fused needs {obstacle}", where=str(device), remedy="use --engine auto")
     return name
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """What `fused` lacks there."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "a CUDA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability 8.0 or more, for products in bfloat16"
+    return None if find_spec("triton") else "the package triton, which torch's CUDA wheels bring"
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,24 +9,18 @@ After fifteen speech ids the model says "fill", which it is not shown again; not
 asked. A recording has more than three speech ids to a text id, so its speech runs on beside the first words of the
 text, and the first new speech comes when that is used up or the text ends.
 
-It knows embeddings and ids; not text, voices, engines or audio.
+It knows ids; not text, networks or audio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-import torch
-from torch import Tensor
-
-from cosyq.model.llm import KVCache, LanguageModel
-from cosyq.runtime.decode import Sampler, decode, prefill
+from cosyq.runtime.decode import Part
 
 TEXT, SPEECH = 5, 15  # ids of a block
-
-EmbedText = Callable[[list[int]], Tensor]  # ids -> [n, hidden] float32, where the language model is
 
 
 @dataclass(frozen=True)
@@ -49,50 +43,37 @@ class Frame:
     room: int
 
     @property
-    def capacity(self) -> int:
-        """Positions that the key-value cache must hold."""
+    def positions(self) -> int:
+        """Ids that are shown at most, without those that were drawn, but for the last of each part, shown again."""
         before = 2 + len(self.head) + len(self.transcript) + len(self.prompt)
-        return before + self.longest + self.room
+        return before + self.longest
 
     def fits(self) -> bool:
         """Whether the recording is as the training's were: its transcript is through before its speech is."""
         return SPEECH * len(self.transcript) <= TEXT * len(self.prompt)
 
 
-def interleave(
-    llm: LanguageModel, embed_text: EmbedText, frame: Frame, text: Iterator[int], cache: KVCache, sampler: Sampler
-) -> Iterator[int]:
-    """Yield speech ids, waiting for `text` only when the next one needs it; the return value says how it ended.
-
-    The cache is empty to begin with. Inference mode is entered for the network alone: whoever writes the text may be
-    at work with torch too.
-    """
-    history: list[int] = []
+def interleaved(frame: Frame, text: Iterator[int], *, sos: int, task_id: int) -> Iterator[Part]:
+    """The parts of an utterance, waiting for `text` only when the next one needs it."""
     all_text, prompt = chain(frame.transcript, text), iter(frame.prompt)
-    words = -len(frame.transcript)
-    waiting = [_embed(llm, embed_text, [], [llm.config.sos]), _embed(llm, embed_text, frame.head, [])]
+    words, drawn = -len(frame.transcript), 0
+    shown: list[tuple[list[int], list[int]]] = [([], [sos]), (frame.head, [])]
     while len(block := list(islice(all_text, TEXT))) == TEXT:
         words += TEXT
-        shown = list(islice(prompt, SPEECH))
-        waiting.append(_embed(llm, embed_text, block, shown))
-        for _ in range(SPEECH - len(shown)):
-            if len(history) == frame.room:
-                return "length"  # type: ignore[return-value]
-            logits = prefill(llm, torch.cat(waiting).unsqueeze(0), cache)
-            token = sampler(logits.cpu(), history, False)
-            yield token
-            history.append(token)
-            waiting = [_embed(llm, embed_text, [], [token])]
+        spoken = list(islice(prompt, SPEECH))
+        shown.append((block, spoken))
+        if len(spoken) < SPEECH:
+            drawn = min(drawn + SPEECH - len(spoken), frame.room)
+            yield Part(tuple(shown), drawn, drawn)
+            if drawn == frame.room:
+                return
+            shown = []
     words += len(block)
-    waiting.append(_embed(llm, embed_text, block, [llm.config.task_id, *prompt]))
+    shown.append((block, [task_id, *prompt]))
     minimum, maximum = (min(share * words, frame.room) for share in (frame.least, frame.most))
-    last = torch.cat(waiting).unsqueeze(0)
-    return (yield from decode(llm, last, cache, sampler, minimum=minimum, maximum=maximum, history=history))
+    yield Part(tuple(shown), minimum, maximum)
 
 
-@torch.inference_mode()
-def _embed(llm: LanguageModel, embed_text: EmbedText, text: list[int], speech: list[int]) -> Tensor:
-    """Text ids, then speech ids: [n, hidden] float32."""
-    words = embed_text(text)
-    spoken = torch.tensor(speech, dtype=torch.int64, device=words.device)
-    return torch.cat([words, llm.embed_speech(spoken)])
+def whole(text: list[int], prompt: list[int], *, minimum: int, maximum: int, sos: int, task_id: int) -> Part:
+    """The one part of an utterance whose text is there: all of it, then the recording's speech ids."""
+    return Part((([], [sos]), (text, [task_id, *prompt])), minimum, maximum)

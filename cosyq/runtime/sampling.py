@@ -1,4 +1,7 @@
-"""Repetition-aware sampling (VALL-E 2, arXiv 2406.05370): nucleus, and a second draw where it repeats itself."""
+"""Repetition-aware sampling (VALL-E 2, arXiv 2406.05370): nucleus, and a second draw where it repeats itself.
+
+For one utterance, id by id; the arithmetic and the random numbers are those of a batch's row (`batch_sampling`).
+"""
 
 from __future__ import annotations
 
@@ -9,49 +12,42 @@ from torch import Tensor
 
 from cosyq.errors import DeviceError
 from cosyq.model.config import SamplingConfig
+from cosyq.runtime.batch_sampling import sample_rows
+
+
+def draws(room: int, generator: torch.Generator) -> Tensor:
+    """The random numbers of an utterance of at most `room` ids, [room, 2] float32 on the host.
+
+    Those of a smaller room are the first of them.
+    """
+    return torch.rand(room, 2, generator=generator)
 
 
 def sample(
-    logits: Tensor,
-    history: Sequence[int],
-    config: SamplingConfig,
-    generator: torch.Generator,
-    *,
-    forbid_from: int | None,
+    logits: Tensor, history: Sequence[int], config: SamplingConfig, uniform: Tensor, *, forbid_from: int | None
 ) -> int:
     """Draw the next id.
 
     Args:
-        logits: [rows] float32 on the host.
+        logits: [rows] float32.
         history: the ids drawn so far.
-        generator: the only source of randomness, on the host.
+        uniform: [2] float32 in 0..1, the only source of randomness.
         forbid_from: no id from here up may be drawn (speech must not end yet); None allows all.
 
     Raises:
         DeviceError: the logits are not finite.
     """
-    if not torch.isfinite(logits).all():
-        raise DeviceError("the language model's logits are not finite", remedy="use bf16 or fp32 arithmetic")
-    if forbid_from is not None:
-        logits = logits.clone()
-        logits[forbid_from:] = -torch.inf
-    probabilities = logits.softmax(dim=-1)
-    drawn = _nucleus(probabilities, config.top_p, config.top_k, generator)
-    repeated = sum(previous == drawn for previous in history[-config.win_size :])
-    if repeated >= config.win_size * config.tau_r:
-        probabilities = probabilities.clone()
-        probabilities[drawn] = 0
-        drawn = _draw(probabilities, generator)
-    return drawn
+    last = list(history[-config.win_size :])
+    recent = torch.tensor([last + [-1] * (config.win_size - len(last))], device=logits.device)
+    forbidden = torch.tensor([forbid_from is not None], device=logits.device)
+    stop = len(logits) if forbid_from is None else forbid_from
+    drawn = sample_rows(
+        logits[None], recent, uniform[None].to(logits.device), config, forbidden=forbidden, forbid_from=stop
+    )
+    if (token := int(drawn)) < 0:
+        raise not_finite()
+    return token
 
 
-def _nucleus(probabilities: Tensor, top_p: float, top_k: int, generator: torch.Generator) -> int:
-    """From the likeliest ids, at most `top_k`, until together they reach `top_p`."""
-    values, ids = probabilities.sort(descending=True, stable=True)
-    values, ids = values[:top_k], ids[:top_k]
-    before = values.cumsum(0) - values
-    return int(ids[_draw(values * (before < top_p), generator)])
-
-
-def _draw(weights: Tensor, generator: torch.Generator) -> int:
-    return int(torch.multinomial(weights, 1, generator=generator))
+def not_finite() -> DeviceError:
+    return DeviceError("the language model's logits are not finite", remedy="use bf16 or fp32 arithmetic")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import shutil
 import tempfile
 import time
@@ -12,13 +11,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
-from fastapi import FastAPI, Form, Request, UploadFile
+from fastapi import FastAPI, Form, Request, UploadFile, WebSocket
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from starlette.exceptions import HTTPException
 
 from cosyq import __version__
 from cosyq.errors import CosyqError, UsageError
+from cosyq.server.asked import speech_request
+from cosyq.server.conversation import Conversation
 from cosyq.server.delivery import ClientGoneError, Delivery
 from cosyq.server.encoders import WIRES, make_encoder
 from cosyq.server.failures import INVALID, SERVER, Failure, RefusedError, failure_of, refused
@@ -26,15 +27,12 @@ from cosyq.server.gate import FIELDS, VOICES, Gate
 from cosyq.server.logs import event, log
 from cosyq.server.schemas import MODEL_ALIASES, VOICE_NAME, ErrorBody, SpeechBody
 from cosyq.server.service import Loader, Service
-from cosyq.server.speaker import FASTEST, SLOWEST, Speech, SpeechRequest
-from cosyq.text.prompt import END_OF_PROMPT, speakable
 
 CLIENT_GONE = 499  # nginx's; nobody sees it but the log
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 429, 500, 503, 504)
 }
 HERE = Path(__file__).parent
-NORMALIZED = ("en", "zh")  # languages whose numbers are read
 
 
 def make_app(service: Service, loader: Loader) -> FastAPI:
@@ -66,77 +64,29 @@ def _speech(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/audio/speech", response_class=Response, responses={**ERRORS, **success})
     async def speak(body: SpeechBody, request: Request) -> Response:
-        wanted, tempo = _request(body, service)
+        wanted, tempo = speech_request(body, body.input, service)
         fields = request.scope[FIELDS]
         fields |= {"voice": wanted.voice, "format": body.response_format, "characters": len(body.input)}
         encoder = make_encoder(body.response_format, service.speaker.sample_rate, tempo)
-        delivery = Delivery(service, request, _submit(wanted, service), encoder)
+        delivery = Delivery(service, fields, service.submit(wanted), encoder, tempo)
         service.metrics.characters.inc(len(body.input))
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
         try:
-            await delivery.begin()
+            await delivery.begin(gone())
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
-        return delivery.response(WIRES[body.response_format].media_type, events=body.stream_format == "sse")
-
-
-def _submit(wanted: SpeechRequest, service: Service) -> Speech:
-    try:
-        return service.submit(wanted)
-    except CosyqError:
-        service.metrics.requests.labels("rejected").inc()
-        raise
-
-
-def _request(body: SpeechBody, service: Service) -> tuple[SpeechRequest, float]:
-    """What is asked of the speaker, and how its audio is stretched behind it.
-
-    Raises:
-        RefusedError: a field cannot be used.
-        UnavailableError: there is no speaker yet.
-    """
-    name, most = service.speaker.about()["artifact"], service.settings.max_characters
-    if body.model not in (name, *MODEL_ALIASES):
-        known = ", ".join((name, *MODEL_ALIASES))
-        raise refused(
-            404, f"there is no model {body.model!r}; there are: {known}", param="model", code="model_not_found"
+        events = body.stream_format == "sse"
+        return delivery.response(
+            WIRES[body.response_format].media_type, events=events, timestamps=body.timestamps and events
         )
-    if len(body.input) > most:
-        message = f"{len(body.input)} characters are more than {most}"
-        raise refused(400, message, param="input", code="string_above_max_length")
-    voice = service.find_voice(body.voice_name)
-    if voice is None:
-        known = ", ".join(service.speaker.voices())
-        message = f"there is no voice {body.voice_name!r}; there are: {known}"
-        raise refused(400, message, param="voice", code="voice_not_found")
-    try:
-        speakable(body.input)
-    except CosyqError as error:
-        raise RefusedError(failure_of(error, param="input")) from None
-    if body.instructions:
-        _check_instructions(body)
-    # A language whose numbers nobody here can read is better spoken as it stands than read as English.
-    known_language = body.language is None or body.language.partition("-")[0].lower() in NORMALIZED
-    speed = min(max(body.speed, SLOWEST), FASTEST)
-    wanted = SpeechRequest(
-        text=body.input,
-        voice=voice,
-        seed=secrets.randbelow(1 << 31) if body.seed is None else body.seed,
-        speed=speed,
-        instruct=body.instructions or None,
-        normalize=body.normalize and known_language,
-    )
-    return wanted, body.speed / speed
 
-
-def _check_instructions(body: SpeechBody) -> None:
-    try:
-        speakable(body.instructions)
-    except CosyqError as error:
-        raise RefusedError(failure_of(error, param="instructions")) from None
-    if END_OF_PROMPT in body.instructions or END_OF_PROMPT in body.input:
-        raise refused(
-            400, f"{END_OF_PROMPT} is placed for you: leave it out", param="instructions", code="invalid_value"
-        )
+    @app.websocket("/v1/audio/speech")
+    async def converse(socket: WebSocket) -> None:
+        await Conversation(service, socket).hold()
 
 
 def _lists(app: FastAPI, service: Service) -> None:
@@ -222,7 +172,12 @@ def _health(app: FastAPI, service: Service) -> None:
     async def livez() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/readyz", response_class=Response)
+    states: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"application/json": {}}},
+        503: {"description": "Loading, draining or dead.", "content": {"application/json": {}}},
+    }
+
+    @app.get("/readyz", response_class=Response, responses=states)
     async def readyz() -> Response:
         return phase()
 
@@ -234,7 +189,7 @@ def _health(app: FastAPI, service: Service) -> None:
         load = {"waiting": stats.waiting, "active": stats.active, "memory_bytes": stats.memory_bytes} if stats else {}
         return {"status": service.phase, "version": __version__, **about, **load}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 

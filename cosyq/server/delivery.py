@@ -10,15 +10,15 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from cosyq.errors import CosyqError
 from cosyq.server.encoders import Encoder
 from cosyq.server.failures import failure_of
-from cosyq.server.gate import FIELDS, BrokenStreamError
+from cosyq.server.gate import BrokenStreamError
 from cosyq.server.logs import log
 from cosyq.server.service import Service
 from cosyq.server.speaker import BusyError, Chunk, DeadlineError, Speech
@@ -30,28 +30,42 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer."""
 
 
-class Delivery:
-    """Of `speech`, by `encoder`, in answer to `request`."""
+@dataclass(frozen=True)
+class Segment:
+    """An utterance, and when it begins and ends in the audio that is sent, in seconds."""
 
-    def __init__(self, service: Service, request: Request, speech: Speech, encoder: Encoder):
-        self._service, self._request, self._speech, self._encoder = service, request, speech, encoder
-        self._metrics = service.metrics
+    text: str
+    start: float
+    end: float
+
+
+class Delivery:
+    """Of `speech`, by `encoder`, whose seconds are those of the speaker divided by `tempo`.
+
+    Args:
+        fields: where to note what is to be logged.
+    """
+
+    def __init__(self, service: Service, fields: dict[str, Any], speech: Speech, encoder: Encoder, tempo: float):
+        self._service, self._fields, self._speech, self._encoder = service, fields, speech, encoder
+        self._metrics, self._rate = service.metrics, service.speaker.sample_rate * tempo
         self._deadline = speech.accepted + service.settings.deadline_seconds
-        self._fields: dict[str, Any] = request.scope[FIELDS]
         self._samples = 0
+        self._segments: list[Segment] = []
+        self._utterance = 0  # of the last segment
         self._last: Chunk | None = None
         self._head = b""
         self._outcome = "cancelled"  # until something else is known
 
-    async def begin(self) -> None:
-        """Wait for the first audio, as long as the client does.
+    async def begin(self, gone: Coroutine[Any, Any, Any]) -> None:
+        """Wait for the first audio, as long as the client does: until `gone` returns.
 
         Raises:
             CosyqError: there will be none.
             ClientGoneError: the client has left.
         """
         try:
-            self._head = await self._while_wanted(self._first())
+            self._head = await self._while_wanted(self._first(), gone)
         except BaseException as error:
             if isinstance(error, BusyError):
                 self._outcome = "rejected"
@@ -60,11 +74,11 @@ class Delivery:
             self.end()
             raise
 
-    def response(self, media_type: str, *, events: bool) -> StreamingResponse:
+    def response(self, media_type: str, *, events: bool, timestamps: bool) -> StreamingResponse:
         headers = {"cache-control": "no-store", "x-seed": str(self._speech.request.seed)}
         if events:
-            return _Response(self, self._events(), "text/event-stream", headers)
-        return _Response(self, self._audio(), media_type, headers)
+            return _Response(self, self._events(timestamps), "text/event-stream", headers)
+        return _Response(self, self.audio(), media_type, headers)
 
     @property
     def deadline(self) -> float:
@@ -104,20 +118,16 @@ class Delivery:
                 return await asyncio.to_thread(self._encoder.encode, chunk.samples)
         raise CosyqError("no audio came of it")
 
-    async def _while_wanted(self, work: Coroutine[Any, Any, bytes]) -> bytes:
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(self._gone())
+    async def _while_wanted(self, work: Coroutine[Any, Any, bytes], gone: Coroutine[Any, Any, Any]) -> bytes:
+        task, left = asyncio.ensure_future(work), asyncio.ensure_future(gone)
         try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise ClientGoneError
             return task.result()
         finally:
             task.cancel()
-            gone.cancel()
-
-    async def _gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+            left.cancel()
 
     async def _next(self) -> Chunk | None:
         """The next chunk, or None after the last.
@@ -134,12 +144,22 @@ class Delivery:
             raise DeadlineError(f"not done in {seconds:g} seconds", remedy="give a shorter text") from None
         if chunk is not None:
             self._last = chunk
-            self._samples += len(chunk.samples)
+            self._note(chunk)
         return chunk
+
+    def _note(self, chunk: Chunk) -> None:
+        start, self._samples = self._samples, self._samples + len(chunk.samples)
+        end = round((self._samples - chunk.pause) / self._rate, 3)
+        if self._segments and chunk.utterance == self._utterance:
+            start_seconds = self._segments.pop().start
+        else:
+            start_seconds, self._utterance = round(start / self._rate, 3), chunk.utterance
+        self._segments.append(Segment(chunk.text, start_seconds, end))
 
     # ---- and from there
 
-    async def _audio(self) -> AsyncIterator[bytes]:
+    async def audio(self) -> AsyncIterator[bytes]:
+        """All of it, encoded, as it is made; errors as of `begin`."""
         try:
             if self._head:
                 yield self._head
@@ -153,22 +173,32 @@ class Delivery:
             self._outcome = "failed"
             raise
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        """The same as server-sent events, with what it took at the end."""
-        try:
-            async for data in self._audio():
-                yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
-        except Exception as error:
-            if not isinstance(error, CosyqError):
-                log.exception("delivery failed")
-                error = CosyqError("internal error")
-            yield _event({"type": "speech.audio.error", "error": failure_of(error).error()})
-            return
+    def done(self, *, timestamps: bool) -> dict[str, Any]:
+        """What to say at the end: what it took, and when what was said."""
         assert self._last is not None
         text, speech = self._last.text_tokens, self._last.speech_tokens
         usage = {"input_tokens": text, "output_tokens": speech, "total_tokens": text + speech}
-        yield _event({"type": "speech.audio.done", "usage": usage})
+        segments = {"segments": [asdict(segment) for segment in self._segments]} if timestamps else {}
+        return {"type": "speech.audio.done", "usage": usage, **segments}
+
+    async def _events(self, timestamps: bool) -> AsyncIterator[bytes]:
+        """The same as server-sent events."""
+        try:
+            async for data in self.audio():
+                yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
+        except Exception as error:
+            yield _event(failed(error))
+            return
+        yield _event(self.done(timestamps=timestamps))
         yield b"data: [DONE]\n\n"
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """What to say where audio was sent already."""
+    if not isinstance(error, CosyqError):
+        log.exception("delivery failed", exc_info=error)
+        error = CosyqError("internal error")
+    return {"type": "speech.audio.error", "error": failure_of(error).error()}
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -122,8 +122,8 @@ $("add").addEventListener("submit", async (event) => {
     if (!response.ok) throw await refusal(response);
     const { id } = await response.json();
     await listVoices(id);
+    $("add").reset(); // of the output, too
     $("added").value = `${id} is there`;
-    $("add").reset();
   } catch (error) {
     $("added").value = error.message;
   }

@@ -30,7 +30,8 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=LAST_SECONDS,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=service.settings.max_body,
         )
         super().__init__(config)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from cosyq.server.encoders import Format
+from cosyq.server.failures import refused
 
 MODEL_ALIASES = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 VOICE_ALIASES = (
@@ -25,21 +26,20 @@ class VoiceId(BaseModel):
     id: Name
 
 
-class SpeechBody(BaseModel):
-    """POST /v1/audio/speech: OpenAI's fields, then ours. Unknown ones are ignored; null is as good as nothing."""
+class Manner(BaseModel):
+    """How to say something: OpenAI's fields, then ours. Unknown ones are ignored; null is as good as nothing."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: Name
-    input: Annotated[str, Field(min_length=1)]
     voice: Name | VoiceId
     instructions: Annotated[str, Field(max_length=4096)] = ""
     response_format: Format = "mp3"
     speed: Annotated[float, Field(ge=0.25, le=4.0)] = 1.0
-    stream_format: Literal["audio", "sse"] = "audio"
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     language: Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")] | None = None
     normalize: bool = True
+    timestamps: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -49,6 +49,53 @@ class SpeechBody(BaseModel):
     @property
     def voice_name(self) -> str:
         return self.voice if isinstance(self.voice, str) else self.voice.id
+
+
+class SpeechBody(Manner):
+    """POST /v1/audio/speech."""
+
+    input: Annotated[str, Field(min_length=1)]
+    stream_format: Literal["audio", "sse"] = "audio"
+
+
+class Create(Manner):
+    """The first message of a conversation, in which text comes and audio goes."""
+
+    type: Literal["speech.create"]
+    response_format: Format = "pcm"
+
+
+class Append(BaseModel):
+    """More of the text."""
+
+    type: Literal["input_text.append"]
+    text: str
+
+
+class Done(BaseModel):
+    """No more text comes."""
+
+    type: Literal["input_text.done"]
+
+
+Kind = TypeAdapter  # of a message
+START: Kind[Create] = TypeAdapter(Create)
+MORE: Kind[Append | Done] = TypeAdapter(Annotated[Append | Done, Field(discriminator="type")])
+M = TypeVar("M")
+
+
+def read_message(kind: Kind[M], text: str) -> M:
+    """A message of a conversation.
+
+    Raises:
+        RefusedError: it is none of this kind.
+    """
+    try:
+        return kind.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise refused(400, f"{place or 'message'}: {first['msg']}", param=place or None, code=first["type"]) from None
 
 
 class ErrorDetail(BaseModel):

@@ -107,8 +107,12 @@ class Service:
             BusyError: too many wait.
             UnavailableError: it is not ready.
         """
-        self.require_ready()
-        speech = self.speaker.submit(request)
+        try:
+            self.require_ready()
+            speech = self.speaker.submit(request)
+        except CosyqError:
+            self.metrics.requests.labels("rejected").inc()
+            raise
         self._speeches[speech] = asyncio.create_task(self._follow(speech))
         return speech
 

@@ -15,6 +15,7 @@ class Settings:
     keys: whoever has one of them may speak; without any, everyone may.
     public_lists: whether models and voices are listed without a key.
     longest_queue: requests that wait; one more is refused.
+    key_concurrency: requests of one key that are answered at once; None is any number.
     wait_seconds: how long each of them waits at most.
     deadline_seconds: from a request's arrival to its last byte.
     drain_seconds: after a signal to stop, for what is still spoken.
@@ -26,6 +27,7 @@ class Settings:
     max_body: int = 256 << 10
     max_sample: int = 10 << 20
     longest_queue: int = 32
+    key_concurrency: int | None = None
     wait_seconds: float = 20.0
     deadline_seconds: float = 300.0
     drain_seconds: float = 30.0

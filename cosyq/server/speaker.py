@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +48,14 @@ class DeadlineError(CosyqError):
 class SpeechRequest:
     """What to say and how.
 
+    text: all of it, or an iterator of its pieces, which is asked in a thread and may wait for more.
     voice: one of the speaker's names.
     speed: SLOWEST to FASTEST.
     instruct: how to say it, or None.
     normalize: whether numbers and symbols are read in words.
     """
 
-    text: str
+    text: str | Iterator[str]
     voice: str
     seed: int
     speed: float = 1.0
@@ -62,8 +63,10 @@ class SpeechRequest:
     normalize: bool = True
 
     @property
-    def longest_seconds(self) -> float:
-        """More audio than this is no reading of the text."""
+    def longest_seconds(self) -> float | None:
+        """More audio than this is no reading of the text; None of one that is not there yet."""
+        if not isinstance(self.text, str):
+            return None
         wide = sum(c.isnumeric() or unicodedata.east_asian_width(c) == "W" for c in self.text)
         letters = SECONDS_PER_LETTER * (len(self.text) - wide) + SECONDS_PER_WIDE * wide
         return (SECONDS_AT_LEAST + letters) / self.speed
@@ -75,12 +78,17 @@ class Chunk:
 
     samples: [n] float32 in -1..1.
     finish: "stop" or "length" with the last one.
+    utterance, text: whose audio it is, by number, and what is said in it, as far as that is known.
+    pause: how many of the samples, at their end, are the silence after it.
     """
 
     samples: NDArray[np.float32]
     text_tokens: int
     speech_tokens: int
     finish: str = ""
+    utterance: int = 0
+    text: str = ""
+    pause: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosyq import hub
 from cosyq.audio.recording import Recording, read_recording
 from cosyq.errors import ArtifactError, CosyqError, RecipeError, UsageError
+from cosyq.hub.web import fetch_file
 from cosyq.model.config import FlowConfig
 from cosyq.recipe import Recipe, Source, VoiceEntry, bundled_checkpoint
 from cosyq.voices.enrol import Encoders, check_take, enrol
@@ -65,7 +65,7 @@ def _read(entry: VoiceEntry, source: Source) -> _File:
         assert source.bundled is not None
         origin = str(bundled_checkpoint(source.bundled) / "voices" / f"{entry.bundled}.safetensors")
     try:
-        path = hub.fetch_file(origin, entry.sha256 or "") if entry.remote else Path(origin)
+        path = fetch_file(origin, entry.sha256 or "") if entry.remote else Path(origin)
         recording = None
         if entry.audio is not None:
             recording = read_recording(path)

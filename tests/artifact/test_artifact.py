@@ -71,6 +71,16 @@ def test_same_inputs_same_bytes(artifact_of, tmp_path, recipe):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
+def test_the_bytes_do_not_depend_on_the_number_of_threads(artifact_of, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - threads)
+    try:
+        other = make_artifact(tmp_path / "a", "int8")
+    finally:
+        torch.set_num_threads(threads)
+    assert (other / "manifest.json").read_bytes() == (artifact_of("int8") / "manifest.json").read_bytes()
+
+
 def test_the_manifest_tells_where_it_came_from(artifact_of):
     manifest = open_artifact(artifact_of("int8")).manifest
     for name in ("llm.pt", "flow.pt", "hift.pt", "cosyvoice3.yaml", "CosyVoice-BlankEN/merges.txt"):
@@ -240,6 +250,16 @@ FORGERIES = {
     "steps": (lambda d: d.update(flow_steps=[10, 20]), "adaln.20"),
     "unlisted file": (lambda d: d["files"].pop("flow.safetensors"), "does not list flow.safetensors"),
     "types": (lambda d: d.update(modules=3), "wrong type"),
+    "no recipe": (lambda d: d.update(recipe=[]), "wrong type"),
+    "recipe without a source": (lambda d: d["recipe"].pop("source"), "'source'"),
+    "recipe without a checkpoint": (lambda d: d["recipe"]["source"].pop("llm"), "'llm'"),
+    "checkpoint elsewhere": (lambda d: d["recipe"]["source"].update(llm="../llm.pt"), "'../llm.pt' is not a name"),
+    "bundled elsewhere": (lambda d: d["recipe"]["source"].update(bundled="../.."), "'../..' is not a name"),
+    "bundled of another type": (lambda d: d["recipe"]["source"].update(bundled=["mini"]), "expected text"),
+    "recipe without stages": (lambda d: d["recipe"].pop("stages"), "'stages'"),
+    "recipe without a stage": (lambda d: d["recipe"]["stages"].pop("flow"), "'flow'"),
+    "stage without a format": (lambda d: d["recipe"]["stages"]["llm"].pop("weights"), "'weights'"),
+    "more stages": (lambda d: d["recipe"]["stages"].update(more=1), "wrong type"),
 }
 
 
@@ -282,6 +302,14 @@ def test_verify_against_another_source(artifact_of, scratch_checkpoint, tmp_path
     torch.save(state, scratch_checkpoint / "llm.pt")
     with pytest.raises(ArtifactError, match=r"llm\.layers\.1\.mlp\.up_proj differs from the source"):
         list(measure_errors(artifact, scratch_checkpoint, lambda *_: None))
+    broken = make_artifact(tmp_path / "broken", "fp32")
+    with safe_open(broken / "llm.safetensors", framework="pt") as file:
+        norm = file.get_tensor("norm.weight").numpy().tobytes()
+    data = (broken / "llm.safetensors").read_bytes()
+    (broken / "llm.safetensors").write_bytes(data.replace(norm, b"\xff" * len(norm)))  # not a number
+    resign(broken, lambda data: None)
+    with pytest.raises(ArtifactError, match=r"norm differs from the source by nan"):
+        list(measure_errors(open_artifact(broken), GOLDEN, lambda *_: None))
     write_random(tmp_path / "other", SMALL, 0)
     with pytest.raises(ArtifactError, match="was made from another model"):
         list(measure_errors(artifact, tmp_path / "other", lambda *_: None))

@@ -44,6 +44,15 @@ def test_what_the_hub_reads(manifest):
     assert text == model_card(manifest, REPO, {})
 
 
+def test_the_hub_has_nothing_against_it(manifest, hub):
+    """Asked as its own client asks; the stand-in knows the keys of ours and what they may be."""
+    text = model_card(manifest, REPO, {})
+    ModelCard(text).validate(repo_type="model")
+    assert hub.requests == ["POST /api/validate-yaml"]
+    with pytest.raises(ValueError, match="base_model_relation"):
+        ModelCard(text.replace('"quantized"', '"squeezed"')).validate(repo_type="model")
+
+
 def test_what_a_person_reads(manifest):
     text = model_card(manifest, REPO, {})
     found = sections(text)
@@ -118,7 +127,7 @@ def test_what_a_manifest_says_does_not_escape_into_the_card(manifest):
         device=nasty,
         versions={nasty: nasty},
         source=SourceRecord(nasty, nasty, {nasty: "0" * 64}),
-        recipe={**manifest.recipe, "name": nasty, "source": {"bundled": ["mini"]}},
+        recipe={**manifest.recipe, "name": nasty, "source": {"bundled": nasty}},
     )
     text = model_card(evil, REPO, {"eval.json": Report(nasty, (nasty,), ((nasty,),))})
     data = ModelCard(text).data.to_dict()

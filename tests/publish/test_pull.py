@@ -1,13 +1,16 @@
 """Pulling, and naming an artifact of the Hub wherever one is asked for: pinned, cached, offline."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import refused
 from stand_in_hub import REPO, Fault, Repository
 
+import cosyq
 from cosyq.artifact.manifest import Manifest
 from cosyq.artifact.reader import MAX_MANIFEST
+from cosyq.errors import NetworkError, UsageError
 
 
 @pytest.fixture
@@ -76,6 +79,59 @@ def test_every_command_that_takes_an_artifact(hub, cli, there, tmp_path, monkeyp
     assert cli("push", reference, "me/copy")[0] == 0
     assert hub.repositories["me/copy"].head()["llm.safetensors"] == head(hub)["llm.safetensors"]
     assert hub.asked.count("llm.safetensors") == 1
+
+
+def test_verify_against_the_hub(hub, cli, there, offline, artifact_of, tmp_path):
+    """Every file, the manifest and the card too, against the Hub's own hashes; without a Hub where it is cached."""
+    pinned = f"hf://{REPO}@{there}"
+    assert cli("pull", REPO, "-o", tmp_path / "a")[0] == 0
+    hub.requests.clear()
+    code, out, _ = cli("verify", tmp_path / "a", "--hub", f"{REPO}@{there}", "--json")
+    assert (code, json.loads(out)["hub"]) == (0, pinned)
+    assert hub.requests == []
+    err = cli("verify", tmp_path / "a", "--hub", REPO)[2]
+    assert f"5 files are what the manifest says\n7 files are what the Hub says of {pinned}\n" in err
+    with (tmp_path / "a" / "README.md").open("a") as card:
+        card.write("Trust me.")
+    refused(cli("verify", tmp_path / "a", "--hub", REPO), 3, f"differs from {pinned} in README.md")
+    assert cli("verify", tmp_path / "a")[0] == 0
+    refused(cli("verify", artifact_of("nf4"), "--hub", pinned), 3, "differs from", "manifest.json", "llm.safetensors")
+    (tmp_path / "a" / "eval.json").write_text('{"about": "x", "columns": ["a"], "rows": []}')
+    refused(cli("verify", tmp_path / "a", "--hub", pinned), 3, f"{pinned} has no eval.json")
+    offline()
+    code, out, _ = cli("verify", f"hf://{REPO}", "--json")
+    assert (code, json.loads(out)["hub"]) == (0, pinned)
+    snapshot = next((tmp_path / "cache").glob("models--*/snapshots/*/manifest.json")).parent
+    forged = replace(Manifest.from_json((snapshot / "manifest.json").read_text()), device="another")
+    (snapshot / "manifest.json").write_text(forged.to_json())  # which agrees with itself
+    refused(cli("verify", f"hf://{REPO}"), 3, f"differs from {pinned} in manifest.json")
+
+
+def test_where_the_cache_has_no_hashes_the_hub_is_asked(hub, cli, there, tmp_path, monkeypatch):
+    """As on a system without symbolic links, where the cache has files by their names alone."""
+    assert cli("verify", f"hf://{REPO}")[0] == 0
+    snapshot = next((tmp_path / "cache").glob("models--*/snapshots/*/manifest.json")).parent
+    for path in snapshot.iterdir():
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    hub.requests.clear()
+    assert cli("verify", f"hf://{REPO}@{there}")[0] == 0
+    assert hub.requests == [f"GET /api/models/{REPO}/tree/{there}"]
+    (snapshot / "README.md").write_text("Trust me.")
+    refused(cli("verify", f"hf://{REPO}@{there}"), 3, "differs from", "README.md")
+
+
+def test_from_python(hub, there, offline):
+    speech = cosyq.load(f"hf://{REPO}", device="cpu").synthesize("hello", seed=3)
+    assert hub.asked.count("llm.safetensors") == 1
+    offline()
+    again = cosyq.load(f"hf://{REPO}@{there}", device="cpu").synthesize("hello", seed=3)
+    assert (again.samples == speech.samples).all()
+    with pytest.raises(NetworkError, match="me/other@main: the Hub is out of reach"):
+        cosyq.load("hf://me/other")
+    with pytest.raises(UsageError, match="expected OWNER/NAME"):
+        cosyq.load("hf://me")
 
 
 def test_what_is_cached_needs_no_hub(hub, cli, there, artifact_of, offline):

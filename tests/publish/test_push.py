@@ -1,9 +1,6 @@
 """Pushing: one commit of a verified artifact, only what differs, and a retry that goes on."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from conftest import make_artifact, refused
@@ -305,17 +302,3 @@ def test_another_commit_in_between(hub, cli, spoken):
     assert VOICE not in repository.head()
     assert pushed(cli("push", spoken, REPO, "--with-voices", "--json"))["changed"]
     assert repository.head()["theirs.txt"] == b"mine!"
-
-
-def test_in_a_process_of_its_own(hub, spoken, tmp_path):
-    """As a build pipeline has it: all settings from the environment, no terminal, nothing to answer."""
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    command = [sys.executable, "-m", "cosyq", "push", str(spoken), REPO, "--json"]
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["commit"] == hub.repositories[REPO].branches["main"]
-    assert done.stderr == ""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosyq.checkpoint.describe import SILENT_TOKENS
-from cosyq.runtime.decode import LONGEST_SILENCE, decode, shorten_silence
+from cosyq.runtime.decode import LONGEST_SILENCE, Silence, decode
 from cosyq.runtime.schedule import chunk_ends, shown_prompt
 
 
@@ -61,7 +61,7 @@ def test_each_step_gets_the_token_before_it_and_may_stop_only_after_the_minimum(
 
 @given(st.lists(st.sampled_from([1, 2, 28, 4000, 5000]), max_size=60))
 def test_silence_is_shortened_and_nothing_else(tokens):
-    kept = list(shorten_silence(tokens, SILENT_TOKENS))
+    kept = list(filter(Silence(SILENT_TOKENS).lets_through, tokens))
     assert [t for t in kept if t not in SILENT_TOKENS] == [t for t in tokens if t not in SILENT_TOKENS]
     run_length = longest = 0
     for token in kept:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from cosyq.artifact.reader import open_artifact
 from cosyq.model.llm import KVCache
+from cosyq.runtime.decode import follow
 from cosyq.runtime.engine import TorchEngine
-from cosyq.runtime.interleave import Frame, interleave
+from cosyq.runtime.interleave import Frame, interleaved
 
 VOCAB = 1000
 SOS, TASK = ("speech", VOCAB), ("speech", VOCAB + 2)
@@ -49,8 +50,8 @@ class Recorder:
     def embed_speech(self, ids):
         return torch.stack([ids.float(), torch.ones_like(ids).float()], dim=-1)
 
-    def embed_text(self, ids):
-        return torch.tensor([[i, 0.0] for i in ids]).reshape(-1, 2)
+    def embed(self, text, speech):
+        return torch.tensor([[i, 0.0] for i in text] + [[i, 1.0] for i in speech]).reshape(-1, 2)
 
     def logits(self, hidden):
         return hidden
@@ -76,7 +77,8 @@ def run(text, *, transcript=(), prompt=(), head=(7, 8, 9), least=2, most=20, roo
         return rng.randrange(VOCAB, VOCAB + 200) if stops else rng.randrange(VOCAB)
 
     frame = Frame(list(head), list(transcript), list(prompt), longest=500, least=least, most=most, room=room)
-    generator, said = interleave(llm, llm.embed_text, frame, arriving(), Cache(), sampler), []
+    parts = interleaved(frame, arriving(), sos=VOCAB, task_id=VOCAB + 2)
+    generator, said = follow(llm, llm.embed, parts, Cache(), sampler), []
     while True:
         try:
             said.append(next(generator))
@@ -163,23 +165,20 @@ def test_logits_equal_those_of_one_pass(engine, words, transcript, prompt):
     text, before, head = ([rng.randrange(500) for _ in range(n)] for n in (words, transcript, 6))
     spoken = [rng.randrange(c.speech_vocab) for _ in range(prompt)]
     frame = Frame(head, before, spoken, longest=words, least=2, most=20, room=200)
-    drawn, sampler = [], engine._sampler(torch.Generator().manual_seed(3))
+    drawn, sampler = [], engine._sampler(200, torch.Generator().manual_seed(5))
 
     def recording(logits, history, may_stop):
-        assert logits.is_inference()
         drawn.append(logits.clone())
         return sampler(logits, history, may_stop)
 
-    cache = KVCache.empty(c, frame.capacity, device=torch.device("cpu"), dtype=torch.float32)
-    said = list(interleave(engine.llm, engine._embed_text, frame, iter(text), cache, recording))
+    cache = KVCache.empty(c, frame.positions + frame.room, device=torch.device("cpu"), dtype=torch.float32)
+    parts = interleaved(frame, iter(text), sos=c.sos, task_id=c.task_id)
+    said = list(follow(engine.llm, engine.embed, parts, cache, recording))
     assert len(said) > 3 * words
 
     special = {"sos": c.sos, "task": c.task_id}
     order = training_order(head, before + text, spoken + said, *(("special", name) for name in special))
-    rows = [
-        engine._embed_text([i]) if kind == "text" else engine.llm.embed_speech(torch.tensor([special.get(i, i)]))
-        for kind, i in order
-    ]
+    rows = [engine.embed([i], []) if kind == "text" else engine.embed([], [special.get(i, i)]) for kind, i in order]
     whole = KVCache.empty(c, len(rows), device=torch.device("cpu"), dtype=torch.float32)
     with torch.inference_mode():
         hidden = engine.llm(torch.cat(rows).unsqueeze(0), whole)
@@ -200,6 +199,9 @@ def test_the_writer_of_the_text_is_not_in_inference_mode(engine):
             yield token
 
     frame = Frame([1], [], [], longest=12, least=2, most=20, room=100)
-    tokens = engine.interleaved_tokens(frame, text(), generator=torch.Generator().manual_seed(1))
+    parts = interleaved(frame, text(), sos=engine.config.llm.sos, task_id=engine.config.llm.task_id)
+    tokens = engine.speech_tokens(
+        parts, positions=frame.positions, room=frame.room, generator=torch.Generator().manual_seed(1)
+    )
     assert len(list(tokens)) > 30
     assert modes == [False] * 12

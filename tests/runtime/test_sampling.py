@@ -3,14 +3,15 @@ import torch
 
 from cosyq.errors import DeviceError
 from cosyq.model.config import SamplingConfig
+from cosyq.runtime.sampling import draws as random_numbers
 from cosyq.runtime.sampling import sample
 
 RAS = SamplingConfig(top_p=0.8, top_k=25, win_size=10, tau_r=0.1)
 
 
 def draws(logits, history=(), forbid_from=None, count=4000, config=RAS):
-    generator = torch.Generator().manual_seed(0)
-    drawn = [sample(logits, history, config, generator, forbid_from=forbid_from) for _ in range(count)]
+    uniform = torch.rand(count, 2, generator=torch.Generator().manual_seed(0))
+    drawn = [sample(logits, history, config, row, forbid_from=forbid_from) for row in uniform]
     return torch.bincount(torch.tensor(drawn), minlength=len(logits)) / count
 
 
@@ -42,9 +43,9 @@ def test_speech_cannot_end_before_it_may():
     assert draws(logits, history=[0, 1], forbid_from=2)[2:].sum() == 0  # nor by way of the second draw
 
 
-def test_one_generator_one_sequence():
-    logits = torch.randn(50)
-    assert torch.equal(draws(logits, count=50), draws(logits, count=50))
+def test_random_numbers_do_not_depend_on_the_room():
+    one, other = (random_numbers(room, torch.Generator().manual_seed(5)) for room in (7, 6000))
+    assert torch.equal(one, other[:7])
 
 
 def test_logits_that_are_not_finite_are_an_error():

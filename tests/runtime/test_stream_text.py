@@ -10,6 +10,7 @@ import pytest
 
 import cosyq
 from cosyq.errors import UsageError
+from cosyq.runtime.decode import Part
 from cosyq.text.split import LONGEST
 from cosyq.voices.voice import Voice
 
@@ -41,7 +42,7 @@ def test_the_audio_depends_on_the_text_and_not_on_its_pieces(tts, voice):
     assert not np.array_equal(joined(whole), joined(tts.stream_text([TEXT], voice=voice, seed=8)))
     last = whole[-1]
     assert (last.text, last.seed, last.timings.finish) == (TEXT, 7, "stop")
-    assert last.timings.text_tokens == len(tts._tokenizer.encode(TEXT))
+    assert last.timings.text_tokens == len(tts.requests._tokenizer.encode(TEXT))
     assert last.timings.audio_seconds == pytest.approx(len(joined(whole)) / 24000)
     assert 2 * last.timings.text_tokens <= last.timings.speech_tokens <= 20 * last.timings.text_tokens
 
@@ -137,7 +138,7 @@ def test_utterances_and_pauses(tts, voice):
     assert " ".join(texts.values()) == " ".join(text.split())
     assert texts[0] == "hello there."
     assert list(texts.values())[-1] == "the end"
-    assert all(len(tts._tokenizer.encode(said)) < 2 * LONGEST for said in texts.values())
+    assert all(len(tts.requests._tokenizer.encode(said)) < 2 * LONGEST for said in texts.values())
     pauses = [(chunk.utterance, chunk.pause) for chunk in chunks if chunk.pause]
     assert pauses == [(0, 9600), (len(texts) - 2, 9600)]
     assert all(not chunk.samples.any() for chunk in chunks if chunk.pause)
@@ -149,18 +150,17 @@ def test_utterances_and_pauses(tts, voice):
 def test_the_modes_decide_what_stands_before_the_text(tts, voice, monkeypatch):
     frames = []
 
-    def capture(frame, text, *, generator):
+    def capture(frame, text):
         frames.append(frame)
-        yield from [5] * len(list(text))
-        return "stop"
+        return iter([Part(((list(text), []),), 9, 9)])
 
-    monkeypatch.setattr(tts.engine, "interleaved_tokens", capture)
+    monkeypatch.setattr(tts.requests, "parts", capture)
 
     def frame(chosen, **options):
         assert list(tts.stream_text([TEXT], voice=chosen, **options))
         return frames[-1].head, frames[-1].transcript, frames[-1].prompt
 
-    encode, speech = tts._tokenizer.encode, voice.prompt_tokens.tolist()
+    encode, speech = tts.requests._tokenizer.encode, voice.prompt_tokens.tolist()
     system = encode("You are a helpful assistant.<|endofprompt|>")
     short = Voice("short", voice.speaker, voice.prompt_tokens, voice.prompt_mel, "hi")
     assert frame(short) == (system, encode("hi"), speech)

@@ -10,9 +10,10 @@ import cosyq
 from cosyq.errors import ArtifactError, DeviceError, UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.quantize.linear import PackedLinear
+from cosyq.runtime.decode import Silence
 from cosyq.runtime.engine import pick_device
+from cosyq.runtime.request import NEUTRAL
 from cosyq.runtime.schedule import shown_prompt
-from cosyq.runtime.synthesizer import NEUTRAL
 from cosyq.voices.voice import Voice
 
 TEXT = "hello world, the quick brown fox jumps over the lazy dog again"
@@ -34,7 +35,7 @@ def test_a_seed_fixes_the_audio(tts, voice):
 def test_a_seed_fixes_the_audio_in_another_process(tts, artifact_of):
     here = tts.synthesize(TEXT, seed=7).samples
     code = (
-        "import cosyq, sys, torch; torch.set_num_threads(2);"
+        "import cosyq, sys;"
         f"a = cosyq.load({str(artifact_of('int8'))!r}, device='cpu').synthesize({TEXT!r}, seed=7);"
         "sys.stdout.buffer.write(a.samples.tobytes())"
     )
@@ -68,9 +69,10 @@ def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
 
 
 def _tokens(tts, voice, seed):
-    manner = tts._manner({"voice": voice, "seed": seed})
-    (utterance,) = tts._prepare(TEXT, manner)
-    return list(tts._speech(utterance, tts._clock(manner)))
+    manner = tts.requests.manner({"voice": voice, "seed": seed})
+    (utterance,) = tts.requests.utterances(TEXT, manner)
+    drawn = tts._speech(utterance, manner.generator(0), tts.clock(manner))
+    return list(filter(Silence(tts.engine.config.llm.silent_tokens).lets_through, drawn))
 
 
 def test_the_minimum_length_is_enforced(tts):
@@ -180,10 +182,13 @@ def test_speed_changes_the_length_and_streams_alike(tts, voice):
 
 def test_modes_decide_what_the_language_model_sees(tts, voice):
     def seen(**options):
-        (utterance,) = tts._prepare(TEXT, tts._manner({"voice": voice, **options}))
-        return utterance.text, utterance.prompt_speech
+        (utterance,) = tts.requests.utterances(TEXT, tts.requests.manner({"voice": voice, **options}))
+        sos, (words, spoken) = utterance.part.shown
+        assert sos == ([], [tts.engine.config.llm.sos])
+        assert spoken[0] == tts.engine.config.llm.task_id
+        return words, spoken[1:]
 
-    encode = tts._tokenizer.encode
+    encode = tts.requests._tokenizer.encode
     text, speech = seen()
     assert text == encode("You are a helpful assistant.<|endofprompt|>hello there") + encode(TEXT)
     assert speech == voice.prompt_tokens.tolist()
@@ -209,10 +214,10 @@ LONG = "hello world. the quick brown fox jumps over the lazy dog. " * 3 + "\n\na
 
 
 def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
-    manner = tts._manner({"voice": voice, "seed": 4})
-    utterances = tts._prepare(LONG, manner)
+    manner = tts.requests.manner({"voice": voice, "seed": 4})
+    utterances = tts.requests.utterances(LONG, manner)
     assert len(utterances) > 2
-    assert [u.seed for u in utterances] == [4 + i for i in range(len(utterances))]
+    assert [manner.generator(i).initial_seed() for i in range(3)] == [4, 5, 6]
     assert [bool(u.pause) for u in utterances].count(True) == 1
     assert not utterances[-1].pause
     parts = list(tts.utterances(LONG, voice=voice, seed=4))

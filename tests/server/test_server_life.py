@@ -47,6 +47,32 @@ def test_lists_can_be_kept_private():
             assert server.request("GET", path, **bearer("first-key")).status == 200
 
 
+def test_a_key_has_so_many_requests_at_once():
+    go = threading.Event()
+
+    def script(speech):
+        speech.put(tone(0.5))
+        assert go.wait(20)
+
+    with scripted(script, keys=KEYS, key_concurrency=2) as (server, speaker):
+        first = bearer("first-key")
+        held = [server.open("POST", "/v1/audio/speech", BODY, **first).getresponse() for _ in range(2)]
+        answer = server.request("POST", "/v1/audio/speech", BODY, **first)
+        assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+        assert answer.headers["retry-after"] == "1"
+        assert len(speaker.requests) == 2
+        assert server.request("GET", "/v1/models/tts-1", **first).status == 200  # it is about speech
+        other = server.open("POST", "/v1/audio/speech", BODY, **bearer("schlüssel".encode().decode("latin-1")))
+        held.append(other.getresponse())
+        assert [response.status for response in held] == [200, 200, 200]
+        for _ in range(3):  # and those without a key count for nobody
+            assert server.speak().status == 401
+        go.set()
+        for response in held:
+            response.read()
+        wait_for(lambda: server.request("POST", "/v1/audio/speech", BODY, **first).status == 200)
+
+
 # ---- what is said of it
 
 

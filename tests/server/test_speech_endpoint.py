@@ -83,6 +83,26 @@ def test_every_format_at_every_speed_raw_and_as_events(two, format, speed):
     assert end == "[DONE]"
 
 
+@pytest.mark.parametrize("speed", [1.0, 4.0])
+def test_events_say_when_each_utterance_is_heard(speed):
+    """In seconds of the audio that is sent, without the silence after a paragraph."""
+    sound = tone(0.5).samples
+    chunks = [
+        Chunk(sound, 1, 5, "", 0, "One."),
+        Chunk(sound, 1, 9, "stop", 0, "One. And more."),
+        Chunk(np.zeros(RATE // 10, np.float32), 1, 9, "", 0, "One. And more.", RATE // 10),
+        Chunk(sound, 1, 12, "stop", 1, "Two."),
+    ]
+    with scripted(says(*chunks)) as (server, _):
+        ask = {"stream_format": "sse", "response_format": "pcm", "speed": speed}
+        done = events_of(server.speak(**ask, timestamps=True).body)[-2]
+        stretch = max(speed / 2, 1.0)
+        assert [segment["text"] for segment in done["segments"]] == ["One. And more.", "Two."]
+        times = [time for segment in done["segments"] for time in (segment["start"], segment["end"])]
+        assert times == pytest.approx([t / stretch for t in (0.0, 1.0, 1.1, 1.6)], abs=1e-3)
+        assert "segments" not in events_of(server.speak(**ask).body)[-2]
+
+
 @pytest.mark.parametrize("events", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
 def test_audio_is_sent_while_the_rest_is_made(format, events):

@@ -19,7 +19,7 @@ from cosyq import build
 from cosyq.artifact.reader import open_artifact
 from cosyq.audit import verify_artifact
 from cosyq.recipe import bundled_checkpoint, find_recipe, load_recipe
-from cosyq.server.single import SingleSpeaker
+from cosyq.server.batch import BatchSpeaker
 
 RECORDING = (GOLDEN.parent / "audio" / "zero_shot_prompt.wav").read_bytes()
 
@@ -36,7 +36,7 @@ def mini(tmp_path_factory):
 def server(mini):
     def loader(on_fatal):
         tts = cosyq.load(mini, device="cpu")
-        return SingleSpeaker(tts, longest_queue=4, on_fatal=on_fatal, encoders=bundled_checkpoint("mini"))
+        return BatchSpeaker(lambda: tts, longest_queue=4, on_fatal=on_fatal, encoders=bundled_checkpoint("mini"))
 
     with running(loader) as made:
         yield made
@@ -189,7 +189,7 @@ def test_a_page_from_elsewhere_cannot_add_one(server):
 
 def test_a_server_without_encoders_says_so(mini):
     def loader(on_fatal):
-        return SingleSpeaker(cosyq.load(mini, device="cpu"), longest_queue=4, on_fatal=on_fatal)
+        return BatchSpeaker(lambda: cosyq.load(mini, device="cpu"), longest_queue=4, on_fatal=on_fatal)
 
     with running(loader) as server:
         answer = add(server)

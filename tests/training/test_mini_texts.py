@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the training code is not part of the package
 
 from training.mini.sentences import held_out
-from training.mini.wordnet import examples
+from training.mini.wordnet import definitions, examples
 
 NOTICE = b"  1 This software and database is being provided to you by Princeton University.\n"
 
@@ -44,3 +44,18 @@ def test_what_cannot_be_read_or_is_held_out_is_left_out(archive):
         '"kept as it is"',
     )
     assert examples(path) == ["Kept as it is."]
+
+
+def test_definitions_become_sentences_rare_words_first(archive):
+    word = sorted(held_out()[1])[0]
+    path = archive(
+        'a small dog (or so); the house by the sea: "never quoted"',
+        "a small wooden bowl; to carve a wooden bowl",
+        f"a {word} of the old kind; two words; a genus of small dogs; made in 1984",
+    )
+    assert definitions(path, ["The house.", "A small dog by the sea."]) == [
+        "A small wooden bowl.",
+        "To carve a wooden bowl.",
+        "A small dog.",
+        "The house by the sea.",
+    ]

@@ -10,7 +10,7 @@ import sys
 import pytest
 import soundfile
 import torch
-from conftest import GOLDEN, make_artifact
+from conftest import GOLDEN, make_artifact, refused
 
 from cosyq import build
 from cosyq.artifact.reader import open_artifact
@@ -109,7 +109,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("case", UNUSABLE)
 def test_what_will_not_do_is_said_before_anything_is_fetched(case, monkeypatch):
-    monkeypatch.setattr("cosyq.hub.fetch", None)  # the recipe's own source is the Hub
+    monkeypatch.setattr("cosyq.hub.snapshot.fetch", None)  # the recipe's own source is the Hub
     entry, message = UNUSABLE[case]
     with pytest.raises(RecipeError, match=message):
         build.prepare(recipe(voices(**entry)), "")
@@ -157,35 +157,30 @@ def test_a_remote_voice_that_cannot_be_had(monkeypatch, tmp_path):
     assert caught.value.remedy.endswith("--set voices.N.audio=FILE, or build without voices: --set voices=[]")
 
 
-def test_a_remote_recording_is_fetched_once_and_enrolled(web, tmp_path, whole_checkpoint):
-    """From the command line, over TLS; the second time from the cache, and then not at all."""
+def test_a_remote_recording_is_fetched_once_and_enrolled(web, cache, cli, offline, tmp_path, whole_checkpoint):
+    """From the command line, over TLS, in a process of its own; the second time from the cache, and then not at all."""
     web.pages["/me.wav"] = ZERO_SHOT.read_bytes()
 
-    def quantize(output, *changes, cache="cache", **environment):
-        command = [sys.executable, "-m", "cosyq", "quantize", "int8", "--source", str(whole_checkpoint)]
-        command += ["--set", f"voices.0.audio={web.address}/me.wav", *changes, "-o", str(output), "--device", "cpu"]
-        environment = {"HF_HUB_OFFLINE": "0", "SSL_CERT_FILE": str(tmp_path / "ca.pem"), "NO_PROXY": "localhost"} | {
-            **environment,
-            "HF_HOME": str(tmp_path / cache),
-        }
-        return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    def command(output, *changes):
+        address = f"voices.0.audio={web.address}/me.wav"
+        source = ("--source", str(whole_checkpoint), "--set", address)
+        return ["quantize", "int8", *source, *changes, "-o", str(output), "--device", "cpu"]
 
-    done = quantize(tmp_path / "a")
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
+    alone = [sys.executable, "-m", "cosyq", *command(tmp_path / "a")]
+    done = subprocess.run(alone, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     artifact = open_artifact(tmp_path / "a")
     assert load_voice(artifact.voice_files()["default"], artifact.manifest.model.flow).transcript == TRANSCRIPT
     assert artifact.manifest.recipe["voices"][0]["sha256"] == SHA256
-    done = quantize(tmp_path / "b", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
+    assert cli(*command(tmp_path / "b"))[0] == 0
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert web.asked == ["/me.wav"]
-    for changes, environment, message in (
-        ((), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set; name a local copy"),
-        (("--set", f"voices.0.sha256={'f' * 64}"), {}, f"sha256 is {SHA256}, the recipe pins ffff"),
-    ):
-        done = quantize(tmp_path / "c", *changes, cache="other", **environment)
-        assert done.returncode == 5
-        assert message in done.stderr.splitlines()[-1]
-        assert not (tmp_path / "c").exists()
-    assert quantize(tmp_path / "c", "--set", "voices=[]", cache="other", HF_HUB_OFFLINE="1").returncode == 0
+    shutil.rmtree(cache)
+    pinned = command(tmp_path / "c", "--set", f"voices.0.sha256={'f' * 64}")
+    refused(cli(*pinned), 5, f"sha256 is {SHA256}, the recipe pins ffff")
+    offline()
+    refused(cli(*command(tmp_path / "c")), 5, "HF_HUB_OFFLINE is set; name a local copy")
+    assert not (tmp_path / "c").exists()
+    assert cli(*command(tmp_path / "c", "--set", "voices=[]"))[0] == 0
     assert not open_artifact(tmp_path / "c").voice_files()

@@ -42,7 +42,7 @@ MINI = ModelConfig(
         silent_tokens=(),  # this tokenizer has no codes of its own for silence
     ),
     # The repetition guard is looser than the published one: these codes repeat through every pause. The nucleus is
-    # smaller: of the published 0.8 the word error rate is twice that of 0.5, on sentences kept from training.
+    # smaller: on sentences kept from training, 15 % of the words are wrong at the published 0.8, 12 % at 0.5.
     sampling=SamplingConfig(top_p=0.5, top_k=25, win_size=10, tau_r=1.0),
     flow=FlowConfig(
         vocab=SPEECH_CODES,

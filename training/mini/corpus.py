@@ -16,17 +16,18 @@ FRAMES_PER_TOKEN = SAMPLES_PER_TOKEN // MEL_HOP
 
 
 class Corpus:
-    """Utterance u is samples begin[u] .. begin[u] + length[u]; frames and tokens lie alike, a multiple coarser."""
+    """Utterance u is samples begin[u] .. begin[u] + length[u]; frames and tokens lie alike, a multiple coarser.
+
+    Nothing but lengths, speakers and texts is read before it is asked for: a corpus of ids has no more than them.
+    """
 
     def __init__(self, folders: Folders, device: torch.device):
         self.folders, self.device = folders, device
-        index = np.load(folders.index)
+        index = self._index = np.load(folders.index)
         self.lengths: NDArray[np.int64] = index["lengths"]
         self.begins = np.concatenate([[0], self.lengths.cumsum()[:-1]])
         self.speakers: NDArray[np.int64] = index["speakers"]
         self.texts = [str(text) for text in index["texts"]]
-        self.phonemes = [str(phonemes) for phonemes in index["phonemes"]]
-        self._f0 = index["f0"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -45,14 +46,18 @@ class Corpus:
     @cached_property
     def f0(self) -> Tensor:
         """[frames] float32"""
-        return torch.from_numpy(self._f0).to(self.device)
+        return torch.from_numpy(self._index["f0"]).to(self.device)
+
+    @cached_property
+    def phonemes(self) -> list[str]:
+        return [str(phonemes) for phonemes in self._index["phonemes"]]
 
     @cached_property
     def _encoded(self) -> dict[str, NDArray[np.generic]]:
         return dict(np.load(self.folders.encoded))
 
     @property
-    def tokens(self) -> NDArray[np.int32]:
+    def tokens(self) -> NDArray[np.integer]:
         """[tokens] of all utterances, what the speech tokenizer made of them."""
         return self._encoded["tokens"]  # type: ignore[return-value]
 

@@ -13,6 +13,8 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +107,9 @@ _teacher: Teacher | None = None
 
 def _start_worker() -> None:
     global _teacher
-    torch.set_num_threads(1)
-    _teacher = Teacher()
+    if _teacher is None:
+        torch.set_num_threads(1)
+        _teacher = Teacher()
 
 
 def _work(job: tuple[int, str, int]) -> Utterance:
@@ -114,6 +117,17 @@ def _work(job: tuple[int, str, int]) -> Utterance:
     assert _teacher is not None
     tempo = random.Random(number).uniform(0.92, 1.15)
     return _teacher.read(text, speaker, tempo=tempo, seed=number)
+
+
+@contextmanager
+def _read(jobs: list[tuple[int, str, int]], processes: int) -> Iterator[Iterable[Utterance]]:
+    """The jobs' utterances in order; a single process is this one."""
+    if processes == 1:
+        _start_worker()
+        yield map(_work, jobs)
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool:
+            yield pool.imap(_work, jobs, chunksize=8)
 
 
 def training_texts(count: int, wordnet: Path | None) -> list[str]:
@@ -124,22 +138,25 @@ def training_texts(count: int, wordnet: Path | None) -> list[str]:
     return texts
 
 
-def generate(folders: Folders, texts: list[str], seconds: float, processes: int) -> None:
-    """Write waves, mels and index; stops early, with what there is, when `seconds` are over."""
+def generate(folders: Folders, texts: list[str], seconds: float, processes: int, *, first: int = 0) -> None:
+    """Write waves, mels and index; stops early, with what there is, when `seconds` are over.
+
+    Speakers, tempo and noise are drawn from the number of a sentence, `first` of the first one.
+    """
     started = time.monotonic()
-    draw = random.Random(1)
+    draw = random.Random(1 + first)
     speakers = draw.choices(range(len(SPEAKERS)), [share for _, _, share in SPEAKERS], k=len(texts))
-    jobs = [(i, text, speaker) for i, (text, speaker) in enumerate(zip(texts, speakers, strict=True))]
+    jobs = [(first + i, text, speaker) for i, (text, speaker) in enumerate(zip(texts, speakers, strict=True))]
     lengths: list[int] = []
     kept: list[int] = []
     f0: list[NDArray[np.float32]] = []
     phonemes: list[str] = []
     with (
-        multiprocessing.get_context("spawn").Pool(processes, _start_worker) as pool,
+        _read(jobs, processes) as utterances,
         folders.waves.open("wb") as waves,
         folders.mels.open("wb") as mels,
     ):
-        for number, utterance in enumerate(pool.imap(_work, jobs, chunksize=8)):
+        for number, utterance in enumerate(utterances):
             if 0 < len(utterance.wave) <= LONGEST:
                 waves.write(utterance.wave.tobytes())
                 mels.write(utterance.mel.tobytes())
@@ -148,7 +165,6 @@ def generate(folders: Folders, texts: list[str], seconds: float, processes: int)
                 f0.append(utterance.f0)
                 phonemes.append(utterance.phonemes)
             if time.monotonic() - started > seconds:
-                pool.terminate()
                 break
     np.savez(
         folders.index,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from training.mini.config import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEAKER_DIM, Folders
 from training.mini.corpus import Corpus
@@ -33,6 +34,29 @@ def load_encoders(folders: Folders, device: torch.device) -> tuple[SpeechTokeniz
 
 
 @torch.inference_mode()
+def speech_ids(corpus: Corpus, tokenizer: SpeechTokenizer) -> NDArray[np.int32]:
+    """[tokens] of all utterances in a row."""
+    tokens = np.zeros(int(corpus.lengths.sum()) // SAMPLES_PER_TOKEN, np.int32)
+    for chosen in corpus.batches(SECONDS_PER_BATCH * SAMPLE_RATE, forever=False):
+        feats, lengths = whisper_batch(corpus, chosen)
+        ids = tokenizer(feats, lengths).cpu().numpy()
+        for row, utterance in enumerate(chosen):
+            begin, count = (int(a[utterance]) // SAMPLES_PER_TOKEN for a in (corpus.begins, corpus.lengths))
+            tokens[begin : begin + count] = ids[row, :count]
+    return tokens
+
+
+@torch.inference_mode()
+def speaker_vectors(corpus: Corpus, encoder: SpeakerEncoder) -> NDArray[np.float32]:
+    """[utterances, 192]"""
+    voices = np.zeros((len(corpus), SPEAKER_DIM), np.float32)
+    for chosen in corpus.batches(SECONDS_PER_BATCH * SAMPLE_RATE, forever=False):
+        wave, samples = corpus.padded_waves(chosen)
+        shortest = int(samples.min())  # of like length: what is cut off is little
+        voices[chosen] = encoder(speaker_fbank(to_16k(wave[:, :shortest]))).cpu().numpy()
+    return voices
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -42,18 +66,8 @@ def main() -> None:
     folders, device = Folders(args.work, args.checkpoints), pick_device()
     corpus = Corpus(folders, device)
     tokenizer, encoder = load_encoders(folders, device)
-    tokens = np.zeros(int(corpus.lengths.sum()) // SAMPLES_PER_TOKEN, np.int32)
-    voices = np.zeros((len(corpus), SPEAKER_DIM), np.float32)
-    for chosen in corpus.batches(SECONDS_PER_BATCH * SAMPLE_RATE, forever=False):
-        feats, lengths = whisper_batch(corpus, chosen)
-        ids = tokenizer(feats, lengths).cpu().numpy()
-        for row, utterance in enumerate(chosen):
-            begin, count = (int(a[utterance]) // SAMPLES_PER_TOKEN for a in (corpus.begins, corpus.lengths))
-            tokens[begin : begin + count] = ids[row, :count]
-        wave, samples = corpus.padded_waves(chosen)
-        shortest = int(samples.min())  # of like length: what is cut off is little
-        voices[chosen] = encoder(speaker_fbank(to_16k(wave[:, :shortest]))).cpu().numpy()
-    np.savez(folders.encoded, tokens=tokens, voices=voices)
+    tokens = speech_ids(corpus, tokenizer)
+    np.savez(folders.encoded, tokens=tokens, voices=speaker_vectors(corpus, encoder))
     counts = np.bincount(tokens, minlength=3**8)
     repeats = float((tokens[1:] == tokens[:-1]).mean())
     print(

@@ -85,11 +85,20 @@ def write_tokenizer(folder: Path, vocab: dict[str, int], merges: list[tuple[str,
         (folder / name).write_text(texts[name] + ("" if texts[name].endswith("\n") else "\n"), "utf-8")
 
 
-def read_text_tokenizer(folder: Path) -> TextTokenizer:
-    """The tokenizer that the checkpoint's reader will make of the files."""
+def read_text_tokenizer(folder: Path, dropout: float = 0.0) -> TextTokenizer:
+    """The tokenizer that the checkpoint's reader will make of the files.
+
+    `dropout` leaves out that share of the merges, at random every time, so that a word is spelt in many ways
+    (BPE-dropout, arXiv 1910.13267).
+    """
     stated = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-    return TextTokenizer(assemble(vocab, parse_merges((folder / "merges.txt").read_text("utf-8")), stated))
+    serialized = assemble(vocab, parse_merges((folder / "merges.txt").read_text("utf-8")), stated)
+    if dropout:
+        tree = json.loads(serialized)
+        tree["model"]["dropout"] = dropout
+        serialized = json.dumps(tree)
+    return TextTokenizer(serialized)
 
 
 def write_yaml(folder: Path, config: ModelConfig) -> None:

@@ -3,8 +3,9 @@
     python -m training.mini.run_slice --seconds 560 --out DIR [--checkpoints DIR] [--work DIR]
 
 Ends within `--seconds`. Goes on from the checkpoints that are there, trains what is missing, makes the data anew
-unless this machine still has it. A stage that fails costs its own result only. `--out` receives at most eight
-files: the checkpoints as tar archives under 16 MB, with the logs and a few sentences to listen to.
+unless this machine still has it, or `parts.py` left a corpus of ids there, which is enough for `--stages llm`. A
+stage that fails costs its own result only. `--out` receives at most eight files: the checkpoints as tar archives
+under 16 MB, with the logs and a few sentences to listen to.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cosyq.model.inventory import Stage, inventory
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
 from cosyq.runtime.decode import decode
-from cosyq.runtime.sampling import sample
+from cosyq.runtime.sampling import draws, sample
 from cosyq.text.prompt import compose
 from cosyq.text.tokenizer import TextTokenizer
 from cosyq.voices.voice import Voice
@@ -59,11 +59,11 @@ class Networks:
         embeddings = torch.cat([speech[:1], words, speech[1:]])[None]
         least, most = (bound * len(prompted.words) for bound in SPEECH_PER_TEXT)
         cache = KVCache.empty(c.llm, embeddings.shape[1] + most, device=self.device, dtype=torch.float32)
-        generator = torch.Generator().manual_seed(seed)
+        uniform = draws(most, torch.Generator().manual_seed(seed))
 
         def sampler(logits: Tensor, history: Sequence[int], may_stop: bool) -> int:
             forbidden = None if may_stop else c.llm.speech_vocab
-            return sample(logits, history, c.sampling, generator, forbid_from=forbidden)
+            return sample(logits, history, c.sampling, uniform[len(history)], forbid_from=forbidden)
 
         stream = decode(self.llm, embeddings, cache, sampler, minimum=least, maximum=most)
         tokens: list[int] = []

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from cosyq.text.prompt import SYSTEM
-from cosyq.text.tokenizer import END_OF_PROMPT, TextTokenizer
+from cosyq.text.tokenizer import END_OF_PROMPT
 from training.mini.config import MINI, SAMPLES_PER_TOKEN
 from training.mini.corpus import Corpus
 from training.mini.layout import read_text_tokenizer
@@ -33,6 +35,9 @@ INTERLEAVED = 0.2
 TEXT_TURN, SPEECH_TURN = 5, 15
 MISHEARD = 0.04  # of the speech tokens shown are wrong, as the model's own will be
 DROPOUT = 0.1
+RESPELT = 0.3  # of the texts are cut into other ids than inference would,
+MERGES_LEFT_OUT = 0.1  # with this share of the merges left out: spelling is to be read, not only whole words
+LOADERS = 4  # processes that put batches together for a GPU
 UNSEEN = 300  # utterances that are not trained on, to see whether the model learns or remembers
 UNSEEN_EVERY = 1000  # steps
 NOT_LEARNT = -100
@@ -82,37 +87,43 @@ def interleaved(system: Ids, text: Ids, speech: Ids) -> Item:
     return turns([(np.concatenate([[SOS], system, first[0]]), *first[1:]), *others])
 
 
-class Items:
-    """Endless training sequences over the corpus."""
+class Items(IterableDataset[tuple[Tensor, ...]]):
+    """Endless batches of training sequences: ids, is_text and targets, each [positions // t, t] for a t of LENGTHS."""
 
-    def __init__(self, corpus: Corpus, tokenizer: TextTokenizer):
+    def __init__(self, corpus: Corpus, text_tokenizer: Path, positions: int):
+        self.text_tokenizer, self.positions = text_tokenizer, positions
+        tokenizer = read_text_tokenizer(text_tokenizer)
         self.system = np.array(tokenizer.encode(SYSTEM + END_OF_PROMPT), np.int64)
-        self.texts = [np.array(tokenizer.encode(text), np.int64) for text in corpus.texts]
-        ends = (corpus.begins + corpus.lengths) // SAMPLES_PER_TOKEN
-        begins = corpus.begins // SAMPLES_PER_TOKEN
-        tokens = corpus.tokens.astype(np.int64)
-        self.speech = [tokens[b:e] for b, e in zip(begins, ends, strict=True)]
-        self.speakers = corpus.speakers
-        self.seen = range(min(UNSEEN, len(self.texts) // 10), len(self.texts))
+        self.texts = corpus.texts
+        self.spelt = [np.array(tokenizer.encode(text), np.int64) for text in corpus.texts]
+        ends = corpus.lengths.cumsum() // SAMPLES_PER_TOKEN
+        self.speech = np.split(corpus.tokens.astype(np.int64), ends[:-1])
+        self.speakers: list[int] = corpus.speakers.tolist()
+        self.seen = range(min(UNSEEN, len(corpus) // 10), len(corpus))
         self.prompts: dict[int, list[int]] = defaultdict(list)
         for utterance in self.seen:
             if len(self.speech[utterance]) <= LONGEST_PROMPT:
-                self.prompts[int(self.speakers[utterance])].append(utterance)
-        self.random = np.random.default_rng()
+                self.prompts[self.speakers[utterance]].append(utterance)
 
     def item(self, utterance: int) -> Item:
-        text, speech = self.texts[utterance], self.speech[utterance]
-        prompts = self.prompts[int(self.speakers[utterance])]
+        text, speech = self.spelling(utterance), self.speech[utterance]
+        prompts = self.prompts[self.speakers[utterance]]
         if self.random.random() < PROMPTED and prompts:
             prompt = prompts[self.random.integers(len(prompts))]
-            text = np.concatenate([self.texts[prompt], text])
+            text = np.concatenate([self.spelling(prompt), text])
             speech = np.concatenate([self.speech[prompt], speech])
         enough = len(speech) * TEXT_TURN > len(text) * SPEECH_TURN
         arrange = interleaved if enough and self.random.random() < INTERLEAVED else in_a_row
         return arrange(self.system, text, speech)
 
-    def batches(self, positions: int) -> Iterator[tuple[Tensor, ...]]:
-        """ids, is_text and targets, each [positions // t, t] for a t of LENGTHS."""
+    def spelling(self, utterance: int) -> Ids:
+        if self.random.random() < RESPELT:
+            return np.array(self.respelling.encode(self.texts[utterance]), np.int64)
+        return self.spelt[utterance]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        self.random = np.random.default_rng()  # of its own in every loader
+        self.respelling = read_text_tokenizer(self.text_tokenizer, MERGES_LEFT_OUT)
         waiting: dict[int, list[Item]] = {length: [] for length in LENGTHS}
         while True:
             for utterance in self.random.permutation(self.seen):
@@ -122,12 +133,13 @@ class Items:
                     continue
                 group = waiting[length]
                 group.append(item)
-                if len(group) >= max(positions // length, 1):
+                if len(group) >= max(self.positions // length, 1):
                     yield padded(group, length)
                     waiting[length] = []
 
     def unseen(self) -> tuple[Tensor, ...]:
-        items = [in_a_row(self.system, self.texts[u], self.speech[u]) for u in range(self.seen.start)]
+        """Utterances that are never trained on."""
+        items = [in_a_row(self.system, self.spelt[u], self.speech[u]) for u in range(self.seen.start)]
         return padded(items, max(len(item.ids) for item in items))
 
 
@@ -138,8 +150,7 @@ def padded(items: list[Item], length: int) -> tuple[Tensor, ...]:
     for row, item in enumerate(items):
         n = len(item.ids)
         ids[row, :n], is_text[row, :n], targets[row, :n] = item.ids, item.is_text, item.targets
-    tensors = tuple(torch.from_numpy(a) for a in (ids, is_text, targets))
-    return tuple(t.pin_memory() for t in tensors) if torch.cuda.is_available() else tensors
+    return tuple(torch.from_numpy(a) for a in (ids, is_text, targets))
 
 
 def batch_loss(network: SpeechLM, ids: Tensor, is_text: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,21 +158,40 @@ def batch_loss(network: SpeechLM, ids: Tensor, is_text: Tensor, targets: Tensor)
     if network.training:
         wrong = (torch.rand(ids.shape, device=ids.device) < MISHEARD) & ~is_text & (ids < SOS)
         ids = torch.where(wrong, torch.randint_like(ids, SOS), ids)
-    logits = network.llm_decoder(network(ids, is_text)).float().flatten(0, 1)
-    wanted = targets.flatten()
-    right = ((logits.argmax(-1) == wanted) & (wanted >= 0)).sum() / (wanted >= 0).sum()
-    return F.cross_entropy(logits, wanted, ignore_index=NOT_LEARNT), right
+    hidden = network(ids, is_text).flatten(0, 1)
+    return next_id_loss(hidden, network.llm_decoder.weight, targets.flatten())
+
+
+def next_id_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [n, h], weight [rows, h], targets [n]. The product's rows are padded to what a GPU multiplies fast."""
+    rows = len(weight)
+    logits = F.linear(hidden, F.pad(weight, (0, 0, 0, -rows % 64)))[:, :rows].float()
+    learnt = targets != NOT_LEARNT
+    right = ((logits.argmax(-1) == targets) & learnt).sum() / learnt.sum()
+    return F.cross_entropy(logits, targets, ignore_index=NOT_LEARNT), right
+
+
+def compile_parts(network: SpeechLM) -> None:
+    """Fuse what lies between the products, which is most of a step; one variant for every shape."""
+    global next_id_loss
+    torch._dynamo.config.recompile_limit = 64
+    for layer in network.backbone.layers:
+        layer.compile(dynamic=True)
+    next_id_loss = torch.compile(next_id_loss, dynamic=True)
 
 
 def main() -> None:
     args = stage_arguments(__doc__)
-    device = pick_device()
     corpus = Corpus(folders(args), torch.device("cpu"))
-    items = Items(corpus, read_text_tokenizer(folders(args).text_tokenizer))
+    items = Items(corpus, folders(args).text_tokenizer, int(POSITIONS_PER_BATCH * args.batch_scale))
+    gpu = torch.cuda.is_available()
+    batches = iter(DataLoader(items, batch_size=None, num_workers=LOADERS if gpu else 0))
+    device = pick_device()
     network = SpeechLM(MINI.llm, DROPOUT).to(device)
-    stage = Stage("llm", network, args, rate=2e-3)
-    batches = items.batches(int(POSITIONS_PER_BATCH * args.batch_scale))
+    stage = Stage("llm", network, args, rate=2e-3, warm=0.08)  # compiling spends some of it
     unseen = [tensor.to(device) for tensor in items.unseen()]
+    if gpu:
+        compile_parts(network)
 
     def step(*batch: Tensor) -> None:
         with mixed(device):
@@ -169,11 +199,13 @@ def main() -> None:
         stage.descend(loss, right=right)
 
     for number in stage.steps():
-        batch = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
+        batch = next(batches)
+        if gpu:  # here, not in a thread of the loader's: while a graph is recorded no other may ask for memory
+            batch = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
         stage.replay("batch", step, *batch)
         if number % UNSEEN_EVERY == UNSEEN_EVERY - 1:
             network.eval()
-            with torch.no_grad(), mixed(device):
+            with torch.no_grad(), mixed(device), torch.compiler.set_stance("force_eager"):
                 loss, right = batch_loss(network, *unseen)
             network.train()
             print(f"llm: unseen loss {loss:.3f}, right {right:.3f}", flush=True)

@@ -1,0 +1,288 @@
+"""The diffusion transformer's kernels, and the one product that torch has under another name.
+
+Rows are frames. The conditional branches of all sequences lie one after another in the first half of every array, the
+unconditional ones in the same order in the second. What depends on a frame's place in its sequence reads a table of
+tiles of `TILE` rows, int32 [n, 4]: a tile's first row, its sequence's first row and end, all counted in a half, and how
+many frames make a block of block-causal attention (`EVERYWHERE`: all see all). A tile that begins at its end is empty.
+Rows after the last sequence of a half hold anything, and nothing that is read depends on them.
+
+Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 64
+EVERYWHERE = 1 << 30
+KEYS = 64  # taken at a time by attention
+LOG2_E = 1.4426950408889634
+INT8_STEP = tl.constexpr(7.874015718698502e-3)  # as `quantize.formats` has it
+
+
+def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Tensor:
+    """The tiles of sequences of `lengths` frames and `blocks`, and empty ones up to `tiles`; on the host."""
+    table, start = [], 0
+    for length, block in zip(lengths, blocks, strict=True):
+        table += [(first, start, start + length, block) for first in range(start, start + length, TILE)]
+        start += length
+    return torch.tensor(table + [(0, 0, 0, 1)] * (tiles - len(table)), dtype=torch.int32)
+
+
+@triton.jit
+def _unpack_rows(codes, scales, out, count, group, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    there = at < count
+    scale = tl.load(scales + at // group, mask=there, other=0.0)
+    code = tl.load(codes + at, mask=there, other=0, eviction_policy="evict_first").to(tl.float32)
+    tl.store(out + at, (code * scale * INT8_STEP).to(out.dtype.element_ty), mask=there)
+
+
+def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
+    """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type."""
+    count, size = codes.numel(), 4096
+    _unpack_rows[(triton.cdiv(count, size),)](
+        codes, scales, out, count, count // scales.numel(), SIZE=size, num_warps=8
+    )
+
+
+@triton.jit
+def _unpack_blocks(codes, scales, levels, out, count, group, SIZE: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * SIZE
+    at = first + tl.arange(0, SIZE)
+    there = at < count
+    pair = tl.load(codes + at, mask=there, other=0, eviction_policy="evict_first").to(tl.int32)
+    scale = tl.load(scales + at * 2 // group, mask=there, other=0.0)
+    values = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
+    at = 2 * first + tl.arange(0, 2 * SIZE)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < 2 * count)
+
+
+def unpack_blocks(codes: Tensor, scales: Tensor, levels: Tensor, out: Tensor) -> None:
+    """4-bit codes, two a byte [n / 2], absmax of equal runs and the sixteen levels, float32, to out [n] in its type."""
+    count, size = codes.numel(), 2048
+    _unpack_blocks[(triton.cdiv(count, size),)](
+        codes, scales, levels, out, count, 2 * count // scales.numel(), SIZE=size, num_warps=4
+    )
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """GELU by tanh of a linear layer; cuBLAS has it in one, for which torch's name is not public."""
+    if x.is_cuda:
+        torch._addmm_activation(bias, x, weight.T, use_gelu=True, out=out)
+    else:
+        out.copy_(F.gelu(F.linear(x, weight, bias), approximate="tanh"))
+
+
+@triton.jit
+def _add_norm(
+    residual, y, gate, scale, shift, out,
+    ADD: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, SIZE)[None, :]
+    there = at < DIM
+    place = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64) * DIM + at
+    x = tl.load(residual + place, mask=there, other=0.0)
+    if ADD:
+        x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(residual + place, x, mask=there)
+    centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
+    moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
+    tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
+
+
+def add_norm(
+    residual: Tensor, added: tuple[Tensor, Tensor] | None, scale: Tensor, shift: Tensor, out: Tensor, eps: float
+) -> None:
+    """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm.
+
+    The number of rows is a multiple of 4.
+    """
+    rows, dim = residual.shape
+    gate, y = added if added is not None else (scale, residual)
+    _add_norm[(rows // 4,)](
+        residual, y, gate, scale, shift, out,
+        ADD=added is not None, EPS=eps, DIM=dim, ROWS=4, SIZE=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rotate(qkv, cos, sin, tiles, half, INNER: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
+    tile = tiles + tl.program_id(0) * 4
+    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    branch = tl.program_id(2).to(tl.int64) * half
+    rows = (first + tl.arange(0, TILE))[:, None]
+    pair = tl.arange(0, D // 2)[None, :]
+    live = rows < end
+    place = (rows - start) * (D // 2) + pair
+    c, s = tl.load(cos + place, mask=live), tl.load(sin + place, mask=live)
+    at = qkv + (branch + rows) * (3 * INNER) + tl.program_id(1) * INNER + 2 * pair
+    even, odd = tl.load(at, mask=live).to(tl.float32), tl.load(at + 1, mask=live).to(tl.float32)
+    tl.store(at, (even * c - odd * s).to(qkv.dtype.element_ty), mask=live)
+    tl.store(at + 1, (odd * c + even * s).to(qkv.dtype.element_ty), mask=live)
+
+
+def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor) -> None:
+    """Turn head 0 of queries and keys in place, the only one that learns of positions (see `model.dit.rotate_first`).
+
+    qkv [rows, 3 * heads * d]; `rope` is cosines and sines of interleaved pairs, [positions, d / 2] float32.
+    """
+    rows, width = qkv.shape
+    d = 2 * rope[0].shape[1]
+    _rotate[(tiles.shape[0], 2, 2)](qkv, *rope, tiles, rows // 2, INNER=width // 3, D=d, TILE=TILE, num_warps=4)
+
+
+@triton.jit
+def _attend_keys(
+    q, keys, values, state, limit, begin, stop, stride, scale,
+    MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Keys `begin` to `stop`; unless MASKED, whole groups of KEYS that every row sees."""
+    acc, most, total = state
+    channel = tl.arange(0, D)
+    for first in range(begin, stop, KEYS):
+        at = first + tl.arange(0, KEYS)
+        if MASKED:
+            k = tl.load(keys + at[None, :] * stride + channel[:, None], mask=(at < stop)[None, :], other=0.0)
+        else:
+            k = tl.load(keys + at[None, :] * stride + channel[:, None])
+        score = tl.dot(q, k)
+        if MASKED:
+            score = tl.where(at[None, :] < limit[:, None], score, float("-inf"))
+        highest = tl.maximum(most, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - highest[:, None])
+        fade = tl.exp2(most - highest)
+        total = total * fade + tl.sum(p, 1)
+        if MASKED:
+            v = tl.load(values + at[:, None] * stride + channel[None, :], mask=(at < stop)[:, None], other=0.0)
+        else:
+            v = tl.load(values + at[:, None] * stride + channel[None, :])
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+        most = highest
+    return acc, most, total
+
+
+@triton.jit
+def _attend(qkv, out, tiles, half, scale, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr):
+    tile = tiles + tl.program_id(0) * 4
+    first, start, end, block = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    head = tl.program_id(1)
+    branch = tl.program_id(2).to(tl.int64) * half
+    if first < end:
+        stride: tl.constexpr = 3 * HEADS * D
+        queries = qkv + branch * stride + head * D
+        keys = queries + HEADS * D
+        values = keys + HEADS * D
+        rows = first + tl.arange(0, TILE)
+        channel = tl.arange(0, D)
+        live = (rows < end)[:, None]
+        q = tl.load(queries + rows[:, None] * stride + channel[None, :], mask=live, other=0.0)
+        # A row sees to the end of its block: the tile's first row what all rows see, its last one the most.
+        limit = tl.minimum(end, start + ((rows - start) // block + 1) * block)
+        shared = tl.minimum(end, start + ((first - start) // block + 1) * block)
+        last = tl.minimum(end, first + TILE) - 1
+        stop = tl.minimum(end, start + ((last - start) // block + 1) * block)
+        whole = start + (shared - start) // KEYS * KEYS
+        lowest = tl.full([TILE], float("-inf"), tl.float32)
+        state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
+        state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
+        state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
+        acc, _, total = state
+        target = out + (branch + rows[:, None]) * (HEADS * D) + head * D + channel[None, :]
+        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
+
+
+def attend(qkv: Tensor, tiles: Tensor, out: Tensor, heads: int) -> None:
+    """Attention of each sequence to itself, as far as its blocks let it.
+
+    qkv [rows, 3 * heads * d], out [rows, heads * d].
+    """
+    rows, inner = out.shape
+    d = inner // heads
+    _attend[(tiles.shape[0], heads, 2)](
+        qkv, out, tiles, rows // 2, LOG2_E / d**0.5, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3
+    )
+
+
+@triton.jit
+def _mish(x):
+    """x tanh(log(1 + e^x))."""
+    e = tl.exp(tl.minimum(x, 20.0))  # from there on it is x
+    n = e * (e + 2)
+    return x * n / (n + 2)
+
+
+@triton.jit
+def _conv_mish(
+    x, weight, bias, before, out, tiles, half,
+    ADD: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 4
+    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    group = tl.program_id(1)
+    branch = tl.program_id(2).to(tl.int64) * half
+    if first < end:
+        rows = first + tl.arange(0, TILE)
+        channel = tl.arange(0, GROUP)
+        source = x + branch * DIM + group * GROUP + channel[None, :]
+        matrix = weight + group * (TAPS * GROUP * GROUP) + channel[:, None] * GROUP + channel[None, :]
+        acc = tl.zeros([TILE, GROUP], tl.float32)
+        for tap in range(TAPS):
+            seen = rows + (tap - TAPS + 1)
+            a = tl.load(source + seen[:, None] * DIM, mask=((seen >= start) & (seen < end))[:, None], other=0.0)
+            acc = tl.dot(a, tl.load(matrix + tap * (GROUP * GROUP)), acc)
+        y = _mish(acc + tl.load(bias + group * GROUP + channel).to(tl.float32)[None, :])
+        at = (branch + rows[:, None]) * DIM + group * GROUP + channel[None, :]
+        live = (rows < end)[:, None]
+        if ADD:
+            y += tl.load(before + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
+
+
+def conv_mish(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, tiles: Tensor, out: Tensor) -> None:
+    """Mish of a causal grouped convolution of each sequence, plus `before`; all [rows, dim].
+
+    weight [groups, taps, in, out], the last tap the frame itself.
+    """
+    groups, taps, group, _ = weight.shape
+    rows, dim = x.shape
+    _conv_mish[(tiles.shape[0], groups, 2)](
+        x, weight, bias, x if before is None else before, out, tiles, rows // 2,
+        ADD=before is not None, DIM=dim, GROUP=group, TAPS=taps, TILE=TILE, num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+@triton.jit
+def _guide(
+    x, velocity, given, dt, half, guidance,
+    MEL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    at = tl.arange(0, SIZE)[None, :]
+    there = (rows < half) & (at < MEL)
+    conditional = tl.load(velocity + rows * MEL + at, mask=there).to(tl.float32)
+    free = tl.load(velocity + (half + rows) * MEL + at, mask=there).to(tl.float32)
+    moved = tl.load(x + rows * MEL + at, mask=there) + tl.load(dt) * ((1 + guidance) * conditional - guidance * free)
+    tl.store(x + rows * MEL + at, moved, mask=there)
+    rounded = moved.to(given.dtype.element_ty)
+    tl.store(given + rows * WIDTH + at, rounded, mask=there)
+    tl.store(given + (half + rows) * WIDTH + at, rounded, mask=there)
+
+
+def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, guidance: float) -> None:
+    """One Euler step of the guided velocity: x [half, mel] float32 moves on, and into the first columns of `given`.
+
+    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device.
+    """
+    half, mel = x.shape
+    _guide[(triton.cdiv(half, 8),)](
+        x, velocity, given, dt, half, guidance,
+        MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=triton.next_power_of_2(mel), num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,270 @@
+"""Weights as the artifact stores them, for kernels: rows of int8, of 4-bit blocks, or of plain numbers.
+
+A kernel fetches a tile of codes, decodes it in registers and multiplies it by activations: no unpacked weight is ever
+written to memory. Blocks lie within rows (`quantize.plan` sees to it), so rows of several layers can be stacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INT8, FOUR_BIT, NESTED, FLOAT = (tl.constexpr(kind) for kind in range(4))
+_INT8_STEP = tl.constexpr(7.874015718698502e-3)  # 1 / 127 as bitsandbytes writes it
+NESTED_BLOCKS = tl.constexpr(256)  # blocks of the absmax that share a scale
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of weights on the device.
+
+    weight: INT8 int8 [n, k]; FOUR_BIT and NESTED uint8 [n * k / 2], the first of two in the high nibble; FLOAT [n, k].
+    scales: INT8 the rows' absmax, float32 [n]; FOUR_BIT the blocks', float32 [n * k / block]; NESTED uint8 codes of it.
+    table: the 16 values of a 4-bit code, float32.
+    groups: NESTED: (scale, offset) of every 256 blocks, float32 [groups, 2].
+    code: NESTED: the 256 values of an absmax code, float32.
+    bias: float32 [n] or None.
+    lookup: 4 bits on a GPU: the table as instructions, see `lookup`.
+    """
+
+    kind: int
+    n: int
+    k: int
+    block: int
+    weight: Tensor
+    scales: Tensor
+    table: Tensor
+    groups: Tensor
+    code: Tensor
+    bias: Tensor | None = None
+    lookup: str = ""
+
+    @property
+    def pointers(self) -> tuple[Tensor, ...]:
+        return self.weight, self.scales, self.table, self.groups, self.code
+
+
+def int8_rows(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
+    n, k = weight.shape
+    return Packed(INT8.value, n, k, 1, weight, scales, scales, scales, scales, bias)
+
+
+def float_rows(weight: Tensor, bias: Tensor | None) -> Packed:
+    n, k = weight.shape
+    return Packed(FLOAT.value, n, k, 1, weight, weight, weight, weight, weight, bias)
+
+
+def four_bit_rows(
+    weight: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    nested: tuple[Tensor, Tensor, float] | None,
+    shape: Sequence[int],
+    block: int,
+    bias: Tensor | None,
+) -> Packed:
+    """nested is (absmax [groups], code [256], offset) under double quantization.
+
+    Raises:
+        ValueError: blocks cross rows.
+    """
+    n, k = shape
+    instructions = lookup(table.tolist()) if weight.is_cuda else ""
+    if k % block:
+        raise ValueError(f"blocks of {block} cross rows of {k}")
+    if nested is None:
+        return Packed(FOUR_BIT.value, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, instructions)
+    scale, code, offset = nested
+    groups = torch.stack([scale, torch.full_like(scale, offset)], dim=1)
+    return Packed(NESTED.value, n, k, block, weight.view(-1), absmax, table, groups, code, bias, instructions)
+
+
+def stacked(parts: Sequence[Packed]) -> Packed | None:
+    """The rows of all parts as one, or None where they differ in more than rows, or groups of blocks are not whole.
+
+    A part without a bias counts as one with zeros where another has one.
+    """
+    first = parts[0]
+    whole = all(p.n * p.k // p.block % NESTED_BLOCKS.value == 0 for p in parts[:-1])
+    same = all(
+        (p.kind, p.k, p.block, p.weight.dtype) == (first.kind, first.k, first.block, first.weight.dtype) for p in parts
+    )
+    tables = first.kind in (INT8.value, FLOAT.value) or all(
+        torch.equal(p.table, first.table) and (p.kind != NESTED.value or torch.equal(p.code, first.code)) for p in parts
+    )
+    if not same or not tables or (first.kind == NESTED.value and not whole):
+        return None
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(p, name) for p in parts])
+
+    weight = joined("weight")
+    scales = weight if first.kind == FLOAT.value else joined("scales")
+    bias = None
+    if any(p.bias is not None for p in parts):
+        zeros = [torch.zeros(p.n, device=weight.device) if p.bias is None else p.bias for p in parts]
+        bias = torch.cat(zeros)
+    groups = joined("groups") if first.kind == NESTED.value else scales
+    table = scales if first.kind in (INT8.value, FLOAT.value) else first.table
+    code = first.code if first.kind == NESTED.value else scales
+    return Packed(
+        first.kind,
+        sum(p.n for p in parts),
+        first.k,
+        first.block,
+        weight,
+        scales,
+        table,
+        groups,
+        code,
+        bias,
+        first.lookup,
+    )
+
+
+def parts_of(k: int, block: int) -> tuple[int, int]:
+    """Two powers of two, in elements, that cover k with little to spare; the second may be 0."""
+    first = 1 << (k.bit_length() - 1)
+    rest = k - first
+    return first, 0 if rest == 0 else max(triton.next_power_of_2(rest), block)
+
+
+@triton.jit
+def fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
+          KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Codes of `rows` [r] from column k0 on, and their scales.
+
+    [r, WIDTH] and [r], or of 4 bits [r, blocks, BLOCK / 2] and [r, blocks].
+    """
+    if (KIND == 0) or (KIND == 3):
+        k = k0 + tl.arange(0, WIDTH)
+        inside = valid[:, None] & (k < K)[None, :]
+        codes = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0)
+        if KIND == 0:
+            scales = tl.load(scale_ptr + rows, mask=valid, other=0.0) * _INT8_STEP
+        else:
+            scales = valid.to(tl.float32)
+        return codes, scales
+    else:
+        blocks: tl.constexpr = WIDTH // BLOCK
+        block = k0 // BLOCK + tl.arange(0, blocks)
+        inside = valid[:, None] & (block < K // BLOCK)[None, :]
+        index = rows.to(tl.int64)[:, None] * (K // BLOCK) + block[None, :]
+        byte = tl.arange(0, BLOCK // 2)
+        codes = tl.load(
+            w_ptr + index[:, :, None] * (BLOCK // 2) + byte[None, None, :], mask=inside[:, :, None], other=0
+        )
+        if KIND == 1:
+            scales = tl.load(scale_ptr + index, mask=inside, other=0.0)
+        else:
+            absmax = tl.load(scale_ptr + index, mask=inside, other=0).to(tl.int32)
+            group = index // NESTED_BLOCKS
+            scales = tl.load(code_ptr + absmax) * tl.load(group_ptr + group * 2, mask=inside, other=0.0)
+            scales += tl.load(group_ptr + group * 2 + 1, mask=inside, other=0.0)
+            scales = tl.where(inside, scales, 0.0)
+        return codes, scales
+
+
+@triton.jit
+def decode(codes, table_ptr, KIND: tl.constexpr, LOOKUP: tl.constexpr):
+    """Values of the codes, float32: two of the codes' shape, the second of use for 4 bits only."""
+    if (KIND == 0) or (KIND == 3):
+        values = codes.to(tl.float32)
+        return values, values
+    elif LOOKUP == "":
+        code = codes.to(tl.int32)
+        return tl.load(table_ptr + (code >> 4)), tl.load(table_ptr + (code & 15))
+    else:
+        high, low = tl.inline_asm_elementwise(
+            LOOKUP, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+        return high.to(tl.float32), low.to(tl.float32)
+
+
+def lookup(table: Sequence[float]) -> str:
+    """PTX that turns four bytes of codes into eight values in float16, of which two of the 16 table's.
+
+    A load a code keeps the load units busier than the weights do. `prmt` picks four bytes of eight by four nibbles
+    at once, so two of them and a choice by the top bit look up a byte of four values; a float16 has two bytes.
+    """
+    halves = torch.tensor(table, dtype=torch.float16).view(torch.uint8).view(16, 2)
+
+    def word(plane: int, first: int) -> str:
+        return "0x" + "".join(f"{int(halves[first + i, plane]):02x}" for i in (3, 2, 1, 0))
+
+    lines = [
+        ".reg .b32 s, m, k, a, b, h, l;",
+        "and.b32 s, $4, 0x77777777;",
+        "shr.b32 m, $4, 3;",
+        "and.b32 m, m, 0x11111111;",
+    ]
+    for half in (0, 1):
+        if half:
+            lines += ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
+        lines.append("prmt.b32 k, 0x0000ff00, 0, m;")
+        for plane, name in ((1, "h"), (0, "l")):
+            w = [word(plane, first) for first in (0, 4, 8, 12)]
+            lines += [
+                f"mov.b32 a, {w[0]};",
+                f"prmt.b32 a, a, {w[1]}, s;",
+                f"mov.b32 b, {w[2]};",
+                f"prmt.b32 b, b, {w[3]}, s;",
+                f"lop3.b32 {name}, a, b, k, 0xd8;",  # b where k, a elsewhere
+            ]
+        lines += [f"prmt.b32 ${half}, l, h, 0x7351;", f"prmt.b32 ${2 + half}, l, h, 0x6240;"]
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.jit
+def columns(k0: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Which activations the two values of a decoded tile are multiplied by."""
+    if (KIND == 0) or (KIND == 3):
+        k = k0 + tl.arange(0, WIDTH)
+        return k, k
+    else:
+        blocks: tl.constexpr = WIDTH // BLOCK
+        k = k0 + tl.arange(0, blocks)[:, None] * BLOCK + 2 * tl.arange(0, BLOCK // 2)[None, :]
+        return k, k + 1
+
+
+@triton.jit
+def product(high, low, scales, even, odd, KIND: tl.constexpr):
+    """The decoded tile times activations at `columns`: [r] float32."""
+    if (KIND == 0) or (KIND == 3):
+        return tl.sum(high * even[None, :], 1) * scales
+    else:
+        return tl.sum(tl.sum(high * even[None, :, :] + low * odd[None, :, :], 2) * scales, 1)
+
+
+@triton.jit
+def multiply(high, low, scales, x_ptr, gain_ptr, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
+             KIND: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr):  # fmt: skip
+    """The decoded tile times x[k0 : k0 + WIDTH] (times a gain for each column): [r] float32."""
+    k, next_k = columns(k0, WIDTH, KIND, BLOCK)
+    even = tl.load(x_ptr + k, mask=k < K, other=0.0)
+    if GAIN:
+        even *= tl.load(gain_ptr + k, mask=k < K, other=0.0)
+    odd = even
+    if (KIND == 1) or (KIND == 2):
+        odd = tl.load(x_ptr + next_k, mask=next_k < K, other=0.0)
+        if GAIN:
+            odd *= tl.load(gain_ptr + next_k, mask=next_k < K, other=0.0)
+    return product(high, low, scales, even, odd, KIND)
+
+
+def launch_sizes(packed: Packed) -> dict[str, Any]:
+    first, rest = parts_of(packed.k, packed.block)
+    return {
+        "K": packed.k,
+        "KIND": packed.kind,
+        "BLOCK": packed.block,
+        "LOOKUP": packed.lookup,
+        "FIRST": first,
+        "REST": rest,
+    }

@@ -1,0 +1,252 @@
+"""Many utterances in flight over one language model: rows that are joined and left between steps.
+
+A step has one of few shapes and never waits for the host, so it can be one CUDA graph. What it drew is read a few steps
+later, in one small copy for all rows; what a row draws beyond its end is never shown. It knows embeddings and ids; not
+text, voices or audio.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cosyq.errors import DeviceError
+from cosyq.model.config import SamplingConfig
+from cosyq.runtime.batch_sampling import sample_rows
+from cosyq.runtime.decode import Embed, Finish, Part
+from cosyq.runtime.forward import Forward
+from cosyq.runtime.sampling import draws, not_finite
+
+SPAN = 256  # attention runs over a multiple of so many positions
+LAG = 4  # ids that a GPU may be asked for before the first of them is done
+IDLE = -2  # in place of an id: the row drew none
+
+
+@dataclass
+class News:
+    """What a row drew since it was last asked, and how it ended, if it did."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish | None = None
+    error: DeviceError | None = None
+
+
+@dataclass
+class _Row:
+    """What the host knows of a row that is taken.
+
+    since: number of the first step that counts.
+    past: positions whose ids and embeddings the cache holds, by the steps that were read.
+    reach: positions that it has at most, by the steps that were begun.
+    """
+
+    since: int
+    past: int
+    reach: int
+    maximum: int
+    count: int = 0
+    ended: bool = False
+
+
+class BatchDecoder:
+    """As many utterances as `forward` has rows, each of at most `longest` speech ids.
+
+    A step of `burst` ids costs the host as much as one of a single id; what a row draws beyond its end is nothing.
+    """
+
+    def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
+        rows, device = forward.rows, forward.device
+        self.forward, self.sampling, self.longest, self.burst = forward, sampling, longest, burst
+
+        def counts(value: int = 0) -> Tensor:
+            return torch.full((rows,), value, dtype=torch.int64, device=device)
+
+        self.every = torch.arange(rows, device=device)
+        self.positions, self.drawn_count = counts(), counts()
+        self.minimum, self.maximum = counts(), counts()
+        self.finished = torch.ones(rows, dtype=torch.bool, device=device)
+        self.logits = torch.zeros(rows, forward.config.speech_rows, device=device)
+        self.recent = torch.full((rows, sampling.win_size), -1, device=device)
+        self.uniform = torch.zeros(rows, longest, 2, device=device)
+        self.drawn = counts(IDLE).repeat(burst, 1)  # in the last step
+        self.free = set(range(rows))
+        self._rows: dict[int, _Row] = {}
+        self._steps = 0  # begun
+        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids on the host, once the event is over
+
+    def fits(self, positions: int, maximum: int) -> bool:
+        """Whether a row can hold so many positions of a prompt and so many speech ids after them."""
+        return 0 < maximum <= self.longest and positions + maximum <= self.forward.capacity
+
+    def join(
+        self, embeddings: Tensor, *, minimum: int, maximum: int, generator: torch.Generator, room: int | None = None
+    ) -> int:
+        """Begin an utterance with its prompt, embeddings [1, t, hidden]; returns its row.
+
+        Args:
+            minimum, maximum: of speech ids; the first `minimum` may not be its end.
+            generator: the only source of randomness, on the host.
+            room: of speech ids with all that `extend` may add; `maximum` unless it is given.
+
+        Raises:
+            ValueError: there is no free row, or it may grow beyond what a row holds.
+        """
+        room = maximum if room is None else room
+        if not self.free:
+            raise ValueError("every row is taken")
+        if not self.fits(embeddings.shape[1], room):
+            raise ValueError(f"{embeddings.shape[1]} positions and {room} ids do not fit a row")
+        row = min(self.free)
+        self._rows[row] = _Row(self._steps, 0, 0, 0)
+        self.uniform[row, :room] = draws(room, generator).to(self.uniform.device)
+        self.drawn_count[row], self.recent[row] = 0, -1
+        self._go_on(row, embeddings, minimum, maximum)
+        self.free.remove(row)
+        return row
+
+    def extend(self, row: int, embeddings: Tensor, *, minimum: int, maximum: int) -> None:
+        """Go on with an utterance that has come to its maximum, after [1, t, hidden], which begin with its last id.
+
+        Args:
+            minimum, maximum: of speech ids from the begin of the utterance on.
+
+        Raises:
+            ValueError: it goes on still, or may grow beyond what a row holds.
+        """
+        state = self._rows[row]
+        if not state.ended:
+            raise ValueError("the row has not come to its end")
+        if maximum > self.longest or state.past + embeddings.shape[1] + maximum - state.count > self.forward.capacity:
+            raise ValueError(f"{maximum} ids do not fit a row")
+        state.since, state.ended = self._steps, False
+        self._go_on(row, embeddings, minimum, maximum)
+
+    @torch.inference_mode()
+    def _go_on(self, row: int, embeddings: Tensor, minimum: int, maximum: int) -> None:
+        state = self._rows[row]
+        self.logits[row] = self.forward.prefill(row, embeddings, state.past)
+        state.past += embeddings.shape[1]
+        state.reach, state.maximum = state.past, maximum
+        self.positions[row], self.minimum[row], self.maximum[row] = state.past, minimum, maximum
+        self.finished[row] = False
+
+    def leave(self, row: int) -> None:
+        """The row is free for another utterance, whether this one has ended or not."""
+        self.finished[row] = True
+        del self._rows[row]
+        self.free.add(row)
+
+    def step(self) -> None:
+        """Draw `burst` ids in every row that goes on, and compute what follows them."""
+        for state in self._rows.values():
+            state.reach += 0 if state.ended else self.burst
+        taken = max(self._rows, default=0) + 1
+        reach = max((state.reach for state in self._rows.values()), default=1)
+        rows = min(1 << (taken - 1).bit_length(), self.forward.rows)
+        self.advance(rows, min(-(-reach // SPAN) * SPAN, self.forward.capacity))
+        self._steps += 1
+        event = None
+        ids = self.drawn[:, :rows].to("cpu", non_blocking=True, copy=True)
+        if self.drawn.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._unread.append((ids, event))
+
+    @torch.inference_mode()
+    def advance(self, rows: int, span: int) -> None:
+        """What a step does on the device for the first `rows`, in place: a CUDA graph can hold it."""
+        for turn in range(self.burst):
+            self._draw_and_go_on(rows, span, turn)
+
+    def _draw_and_go_on(self, rows: int, span: int, turn_of_burst: int) -> None:
+        vocabulary, every = self.forward.config.speech_vocab, self.every[:rows]
+        live, count, recent = ~self.finished[:rows], self.drawn_count[:rows], self.recent[:rows]
+        at = count.clamp(max=self.longest - 1)
+        ids = sample_rows(
+            self.logits[:rows],
+            recent,
+            self.uniform[every, at],
+            self.sampling,
+            forbidden=count < self.minimum[:rows],
+            forbid_from=vocabulary,
+        )
+        self.drawn[turn_of_burst, :rows] = torch.where(live, ids, IDLE)
+        turn = at % self.sampling.win_size
+        recent[every, turn] = torch.where(live, ids, recent[every, turn])
+        count += live
+        ended = (ids < 0) | (ids >= vocabulary) | (count >= self.maximum[:rows])
+        self.finished[:rows] |= ended
+        self.logits[:rows] = self.forward(ids.clamp(0, vocabulary - 1), self.positions[:rows], span)
+        self.positions[:rows] += live & ~ended
+
+    def news(self, lag: int | None = None) -> dict[int, News]:
+        """What each row drew since the last call, for those that drew anything.
+
+        Waits for the device until all but the last `lag` steps are done; what is done beyond that is told too.
+        """
+        lag = max(LAG // self.burst, 1) if lag is None else lag
+        found: dict[int, News] = {}
+        while self._unread:
+            ids, event = self._unread[0]
+            if event is not None and len(self._unread) <= lag and not event.query():
+                break
+            if event is not None:
+                event.synchronize()
+            number = self._steps - len(self._unread)
+            self._unread.popleft()
+            for row, tokens in enumerate(ids.T.tolist()):
+                state = self._rows.get(row)
+                for token in tokens:
+                    if token != IDLE and state is not None and number >= state.since:
+                        self._read(state, token, found.setdefault(row, News()))
+        return found
+
+    def _read(self, state: _Row, token: int, news: News) -> None:
+        state.count += 1
+        state.ended = True
+        if token < 0:
+            news.error = not_finite()
+        elif token >= self.forward.config.speech_vocab:
+            news.finish = "stop"
+        else:
+            news.tokens.append(token)
+            state.ended = state.count >= state.maximum
+            news.finish = "length" if state.ended else None
+            state.past += not state.ended
+
+
+def follow_alone(
+    decoder: BatchDecoder, embed: Embed, parts: Iterable[Part], *, room: int, generator: torch.Generator
+) -> Iterator[int]:
+    """`decode.follow` over a row of a decoder that nobody else uses: the same ids."""
+    row: int | None = None
+    count, waiting = 0, []
+    try:
+        for part in parts:
+            waiting += [embed(text, speech) for text, speech in part.shown]
+            if part.maximum <= count:
+                continue
+            shown, bounds = torch.cat(waiting).unsqueeze(0), {"minimum": part.minimum, "maximum": part.maximum}
+            if row is None:
+                row = decoder.join(shown, **bounds, generator=generator, room=room)
+            else:
+                decoder.extend(row, shown, **bounds)
+            finish = None
+            while finish is None:
+                decoder.step()
+                news = decoder.news().get(row, News())
+                if news.error:
+                    raise news.error
+                yield from news.tokens
+                count, finish = count + len(news.tokens), news.finish
+                waiting = [embed([], news.tokens[-1:])] if news.tokens else waiting
+            if finish == "stop":
+                return "stop"  # type: ignore[return-value]
+    finally:
+        if row is not None:
+            decoder.leave(row)
+    return "length"  # type: ignore[return-value]

@@ -1,0 +1,83 @@
+"""The engine `fused`: our own kernels on a CUDA GPU, over the packed weights as they are stored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cosyq.artifact.reader import Artifact
+from cosyq.errors import DeviceError
+from cosyq.model.flow import nothing
+from cosyq.runtime.batch import follow_alone
+from cosyq.runtime.decode import Part
+from cosyq.runtime.engine import Chunk, TorchEngine
+from cosyq.runtime.fused_flow import FusedFlow, Utterance
+from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
+from cosyq.runtime.fused_vocoder import FusedVocoder
+from cosyq.voices.voice import Voice
+
+ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
+# cuBLAS takes 32 MiB for every stream on Hopper; a quarter of it does for products of this size.
+WORKSPACE = ":4096:2:16:8"
+
+
+class FusedEngine(TorchEngine):
+    """Weights are read once, by the reference's own reader; what the kernels do not need of it goes again.
+
+    Raises:
+        DeviceError: the device is missing or too small.
+    """
+
+    flow_frames = 1024  # more fill the GPU each by itself
+
+    def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
+        super().__init__(artifact, "fused", device, dtype)
+        self._lm = FusedLM(self.llm, dtype)
+        self._solver = FusedFlow(self.flow)
+        self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]
+        self._alone: FusedDecoder | None = None
+
+    def speech_tokens(
+        self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator
+    ) -> Iterator[int]:
+        alone = self._alone
+        if alone is None or not alone.free or not alone.fits(positions, room):
+            alone = self._alone = self.decoder(1, positions=max(positions, ALONE - room), room=max(room, ALONE))
+        return (yield from follow_alone(alone, self.embed, parts, room=room, generator=generator))
+
+    def decoder(self, rows: int, *, positions: int, room: int) -> FusedDecoder:
+        forward = FusedForward(self._lm, rows=rows, capacity=positions + room)
+        return FusedDecoder(forward, self.config.sampling, longest=room, burst=BURST)
+
+    def mel(
+        self,
+        tokens: list[int],
+        voice: Voice,
+        *,
+        streaming: bool,
+        final: bool,
+        steps: int,
+        between: Callable[[], None] = nothing,
+    ) -> Tensor:
+        return self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0]
+
+    @torch.inference_mode()
+    def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
+        utterances = [
+            Utterance(
+                torch.cat([c.voice.prompt_tokens.long(), torch.tensor(c.tokens, dtype=torch.int64)]).to(self.device),
+                c.voice.speaker.to(self.device),
+                c.voice.prompt_mel.to(self.device),
+                c.streaming,
+                c.final,
+            )
+            for c in chunks
+        ]
+        mels = self._solver.solve(utterances, self._noise, steps=chunks[0].steps, between=between)
+        if not all(torch.isfinite(mel).all() for mel in mels):
+            raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
+        return mels

@@ -1,0 +1,394 @@
+"""The flow on a GPU: packed weights unpacked a block at a time, steps as CUDA graphs, utterances side by side.
+
+A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
+evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that. One
+evaluation is a CUDA graph, captured while the first of its length runs, so that even a first utterance gains by it.
+What changes from step to step, the timestep's modulation and size, is copied in before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cosyq.kernels import dit as kernels
+from cosyq.model.config import FlowConfig
+from cosyq.model.dit import NORM_EPS
+from cosyq.model.flow import Flow, nothing, time_steps
+from cosyq.quantize.formats import block_scales
+from cosyq.quantize.linear import DequantLinear
+
+BUCKET = 32  # frames; lengths are rounded up to share graphs
+ROOM = 256  # frames; activations are held for a multiple of so many
+GRAPHS = 64  # kept at most
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What `Flow.forward` asks for; tensors on the device."""
+
+    tokens: Tensor
+    speaker: Tensor
+    prompt_mel: Tensor
+    streaming: bool
+    final: bool
+
+
+class FusedFlow:
+    """A `Flow`'s call, faster; for one thread at a time. Takes the flow apart: its estimator is used up."""
+
+    def __init__(self, flow: Flow):
+        estimator, self.config = flow.estimator, flow.config
+        self.dtype, self.device = estimator.dtype, estimator.proj_out.weight.device
+        self._tables = {
+            int(steps): torch.cat([table.data, torch.tensor(time_steps(int(steps))[1]).to(table)[:, None]], dim=1)
+            for steps, table in flow.adaln.items()
+        }
+        self._row = torch.empty(self.config.modulation_width + 1, device=self.device)
+        self._frequencies = estimator.rope_frequencies.data.float()
+        self._entry, self._exit = estimator.input_proj, estimator.proj_out
+        self._convolutions = _convolutions(estimator.conv_pos)
+        sizes = _block_sizes(self.config)
+        packed = any(isinstance(layer, DequantLinear) for layer in estimator.blocks.modules())
+        scratch = torch.empty(sum(sizes) if packed else 0, dtype=self.dtype, device=self.device)
+        self._blocks: list[_Block] = []
+        for index in range(self.config.depth):  # one by one, so that only one is there twice
+            self._blocks.append(_Block.of(estimator.blocks[index], self.config, scratch))
+            estimator.blocks[index] = nn.Identity()
+        self._front = flow  # its token encoder and speaker projection remain
+        del flow.estimator, flow.adaln
+        self._room: _Room | None = None
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        # What is captured cannot be on the default stream.
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        speaker: Tensor,
+        prompt_mel: Tensor,
+        noise: Tensor,
+        *,
+        streaming: bool,
+        final: bool,
+        steps: int,
+        between: Callable[[], None] = nothing,
+    ) -> Tensor:
+        """As `Flow.forward`."""
+        alone = Utterance(tokens, speaker, prompt_mel, streaming, final)
+        return self.solve([alone], noise, steps=steps, between=between)[0]
+
+    @torch.inference_mode()
+    def solve(
+        self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int, between: Callable[[], None] = nothing
+    ) -> list[Tensor]:
+        """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
+
+        What an utterance becomes depends on its neighbours by rounding at most.
+
+        Raises:
+            ValueError: one is longer than the noise.
+        """
+        table = self._tables[steps]
+        given = [self._front.condition(u.tokens, u.speaker, u.prompt_mel, final=u.final) for u in utterances]
+        lengths = [len(g) for g in given]
+        if max(lengths) > noise.shape[0]:
+            raise ValueError(f"{max(lengths)} frames asked for, the fixed noise covers {noise.shape[0]}")
+        half = -(-sum(lengths) // BUCKET) * BUCKET
+        tiles = half // kernels.TILE + len(utterances)
+        blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
+        view = self._view(half, tiles)
+        view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
+        view.begin(torch.cat(given), torch.cat([noise[:length] for length in lengths]))
+        for row in table:
+            between()
+            self._row.copy_(row)
+            self._advance(view, (half, tiles))
+        found = view.x[: sum(lengths)].split(lengths)
+        return [x[len(u.prompt_mel) :].T.clone() for x, u in zip(found, utterances, strict=True)]
+
+    def _view(self, half: int, tiles: int) -> _View:
+        if self._room is None or half > self._room.half or tiles > self._room.tiles:
+            held = self._room
+            self._forget(len(self._graphs))  # they hold addresses
+            self._room = None  # freed before its successor is allocated
+            frames = max(-(-half // ROOM) * ROOM, held.half if held else 0)
+            count = max(2 * frames // kernels.TILE, tiles, held.tiles if held else 0)
+            del held
+            self._room = _Room(self.config, frames, count, self._frequencies, self.dtype)
+        return self._room.view(half, tiles)
+
+    def _advance(self, view: _View, key: tuple[int, int]) -> None:
+        """One Euler step."""
+        if self._stream is None:
+            self._step(view)
+        elif key in self._graphs:
+            self._graphs[key].replay()
+        else:
+            if len(self._graphs) == GRAPHS:
+                self._forget(GRAPHS // 2)
+            self._graphs[key] = self._step_and_capture(view, self._stream)
+
+    def _step_and_capture(self, view: _View, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """Launch a step behind what the current stream holds, and capture another one meanwhile."""
+        current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # for cuBLAS; graphs take turns
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            self._step(view)
+            # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                self._step(view)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return graph
+
+    def _forget(self, graphs: int) -> None:
+        """Let the oldest go."""
+        if graphs:
+            torch.cuda.synchronize(self.device)  # none may be running
+        for key in list(self._graphs)[:graphs]:
+            del self._graphs[key]
+
+    def _step(self, v: _View) -> None:
+        """x moves by one step of the timestep in `_row`."""
+        c, blocks = self.config, self._blocks
+        rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
+        last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
+        (first, first_bias), (second, second_bias) = self._convolutions
+        _product(v.given, self._entry.weight, self._entry.bias, v.change)
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.normed)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.residual)
+        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
+        for index, block in enumerate(blocks):
+            _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
+            block.unpack()
+            _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
+            kernels.rotate(v.qkv, v.rope, v.tiles)
+            kernels.attend(v.qkv, v.tiles, v.context, c.heads)
+            _product(v.context, block.out, block.out_bias, v.change)
+            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
+            kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
+            _product(v.hidden, block.down, block.down_bias, v.change)
+            scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
+            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, v.normed, NORM_EPS)
+        _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
+        kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
+
+
+@dataclass(frozen=True)
+class _View:
+    """Activations of one number of rows; `half` of them conditional, as many not. In the flow's type unless said."""
+
+    x: Tensor  # [half, mel] float32
+    given: Tensor  # x and the condition, [rows, 2 * mel + token + mel]
+    residual: Tensor  # [rows, dim] float32
+    normed: Tensor  # [rows, dim]
+    context: Tensor  # [rows, inner], the same memory
+    qkv: Tensor  # [rows, 3 * inner]
+    hidden: Tensor  # [rows, ff_dim], the same memory
+    change: Tensor  # [rows, dim], the same memory, but not the hidden's
+    velocity: Tensor  # [rows, mel]
+    rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
+    tiles: Tensor
+
+    def begin(self, condition: Tensor, noise: Tensor) -> None:
+        """Enter condition [frames, ...] and noise [frames, mel] of all utterances."""
+        frames, mel = noise.shape
+        half = len(self.x)
+        self.x[:frames] = noise
+        self.given[:frames, :mel] = noise
+        self.given[:frames, mel:] = condition
+        self.given[half : half + frames, :mel] = noise
+        self.given[half : half + frames, mel:] = 0
+
+
+class _Room:
+    """The memory of activations for up to `half` frames, all utterances together."""
+
+    def __init__(self, config: FlowConfig, half: int, tiles: int, frequencies: Tensor, dtype: torch.dtype):
+        self.half, self.tiles, self.config = half, tiles, config
+        device = frequencies.device
+        c, inner = config, config.heads * config.head_dim
+        self._widths = {
+            "given": 3 * c.mel_dim + c.token_dim,
+            "residual": c.dim,
+            "normed": max(c.dim, inner),
+            "wide": max(3 * inner, c.ff_dim + c.dim),
+            "velocity": c.mel_dim,
+        }
+        self._memory = {
+            name: torch.zeros(2 * half * width, dtype=torch.float32 if name == "residual" else dtype, device=device)
+            for name, width in self._widths.items()
+        }
+        self._x = torch.zeros(half, c.mel_dim, device=device)
+        self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
+        angles = torch.outer(torch.arange(half, device=device, dtype=torch.float32), frequencies)
+        self._rope = angles.cos(), angles.sin()
+
+    def view(self, half: int, tiles: int) -> _View:
+        rows, c = 2 * half, self.config
+        inner = c.heads * c.head_dim
+
+        def part(name: str, width: int, first: int = 0) -> Tensor:
+            return self._memory[name][rows * first : rows * (first + width)].view(rows, width)
+
+        return _View(
+            x=self._x[:half],
+            given=part("given", self._widths["given"]),
+            residual=part("residual", c.dim),
+            normed=part("normed", c.dim),
+            context=part("normed", inner),
+            qkv=part("wide", 3 * inner),
+            hidden=part("wide", c.ff_dim),
+            change=part("wide", c.dim, c.ff_dim),
+            velocity=part("velocity", c.mel_dim),
+            rope=self._rope,
+            tiles=self._table[:tiles],
+        )
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A flat run of packed weights: `scales` float32 for equal parts of them; `levels` [16] if they are 4-bit."""
+
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor | None
+
+    @classmethod
+    def of(cls, layer: DequantLinear) -> _Packed:
+        t, fmt = layer.packed, layer.format
+        if fmt.name == "int8":
+            return cls(t["weight"].view(-1), t["SCB"], None)
+        nested = (t["weight.nested_absmax"], t["weight.nested_quant_map"], layer.offset) if fmt.double_quant else None
+        return cls(t["weight"].view(-1), block_scales(t["weight.absmax"], nested), t["weight.quant_map"])
+
+    @property
+    def count(self) -> int:
+        return self.codes.numel() * (1 if self.levels is None else 2)
+
+    @property
+    def run(self) -> int:
+        return self.count // self.scales.numel()
+
+    def followed_by(self, other: _Packed) -> _Packed | None:
+        """Both as one, if they are of one kind."""
+        if (self.levels is None) != (other.levels is None):
+            return None
+        if self.levels is not None and other.levels is not None and not torch.equal(self.levels, other.levels):
+            return None
+        run = gcd(self.run, other.run)
+        scales = [p.scales.repeat_interleave(p.run // run) for p in (self, other)]
+        return _Packed(torch.cat([self.codes, other.codes]), torch.cat(scales), self.levels)
+
+    def unpack(self, out: Tensor) -> None:
+        if self.levels is None:
+            kernels.unpack_rows(self.codes, self.scales, out)
+        else:
+            kernels.unpack_blocks(self.codes, self.scales, self.levels, out)
+
+
+_Part = tuple[Tensor | _Packed, Tensor]  # what to unpack, and where to
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A transformer block. Matrices are its own, or places in the scratch that are valid once unpacked."""
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+    qkv_bias: Tensor
+    out_bias: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+    parts: tuple[_Part, ...]
+
+    @classmethod
+    def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
+        a, f = block.attn, block.ff
+        places = scratch.split(_block_sizes(config)) if scratch.numel() else [scratch] * 4
+        groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
+        found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
+        qkv, out, up, down = (matrix for matrix, _ in found)
+        return cls(
+            qkv,
+            out,
+            up,
+            down,
+            torch.cat([a.to_q.bias, a.to_k.bias, a.to_v.bias]),
+            a.to_out.bias,
+            f.up.bias,
+            f.down.bias,
+            _merged([part for _, parts in found for part in parts]),
+        )
+
+    def unpack(self) -> None:
+        for source, place in self.parts:
+            if isinstance(source, _Packed):
+                source.unpack(place)
+            else:
+                place.copy_(source)
+
+
+def _block_sizes(c: FlowConfig) -> list[int]:
+    """Numbers in a block's matrices: queries, keys and values together, out, up, down."""
+    inner = c.heads * c.head_dim
+    return [3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim]
+
+
+def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
+    """Layers with one input as one matrix [outputs, width], and what must be unpacked to fill it.
+
+    Only if none is packed it is a matrix of its own.
+    """
+    if not any(isinstance(layer, DequantLinear) for layer in layers):
+        return torch.cat([layer.weight.data for layer in layers]) if len(layers) > 1 else layers[0].weight.data, []
+    parts: list[_Part] = []
+    first = 0
+    for layer in layers:
+        source = _Packed.of(layer) if isinstance(layer, DequantLinear) else layer.weight.data.view(-1)
+        count = source.count if isinstance(source, _Packed) else source.numel()
+        parts.append((source, place[first : first + count]))
+        first += count
+    width = layers[0].shape[1] if isinstance(layers[0], DequantLinear) else layers[0].weight.shape[1]
+    return place.view(-1, width), parts
+
+
+def _merged(parts: Sequence[_Part]) -> tuple[_Part, ...]:
+    """The same with neighbours of one kind made one, to be unpacked by one launch."""
+    merged: list[_Part] = []
+    for source, place in parts:
+        before, start = merged[-1] if merged else (None, place)
+        both = None
+        if isinstance(before, _Packed) and isinstance(source, _Packed):
+            adjacent = start.storage_offset() + start.numel() == place.storage_offset()
+            both = before.followed_by(source) if adjacent else None
+        if both is not None:
+            merged[-1] = (both, start.as_strided((both.count,), (1,)))
+        else:
+            merged.append((source, place))
+    return tuple(merged)
+
+
+def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
+    """Weights [groups, taps, in, out] and biases."""
+    found = []
+    for layer in (conv.conv1, conv.conv2):
+        out, width, taps = layer.weight.shape
+        weight = layer.weight.data.view(layer.groups, out // layer.groups, width, taps)
+        found.append((weight.permute(0, 3, 2, 1).contiguous(), layer.bias.data))
+    return found
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    torch.addmm(bias, x, weight.T, out=out)

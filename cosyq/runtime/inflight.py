@@ -1,0 +1,388 @@
+"""Many requests in flight over one engine: they come and go between steps, and each hears what it would hear alone.
+
+One thread owns the engine. In turns it draws an id for every request that has a row of the language model's batch, and
+renders one chunk: first chunks first, in order of arrival, then that of the stream which would run dry first. Between
+the steps of a render it goes on drawing, takes in who came and lets go of who left, so that nobody waits for a render
+of somebody else's. While a request has no audio yet, a stream that has some in hand waits for a few steps.
+
+It knows text and options, ids and samples; not HTTP, clients, or how long a queue may be.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from cosyq.errors import CosyqError, DeviceError
+from cosyq.runtime.batch import News
+from cosyq.runtime.clock import SILENCE, Audio
+from cosyq.runtime.decode import Finish
+from cosyq.runtime.engine import Engine
+from cosyq.runtime.flight import POSITIONS, ROOM, Flight, GoneError, Heard, Line, Listener
+from cosyq.runtime.request import Options
+from cosyq.runtime.synthesizer import Synthesizer
+
+MOST_ROWS, ROWS_OF_A_CPU = 32, 4
+SHARE = 0.25  # of the memory that is free, for the rows' keys and values
+IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
+IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
+PATIENCE = 5.0  # seconds for the thread to end
+
+log = logging.getLogger("cosyq.runtime")
+
+
+class InFlight:
+    """Speaks at most `rows` requests at once; the others wait in order.
+
+    Args:
+        tts: what speaks. Its engine belongs to this object's thread from here on.
+        on_fatal: called from that thread, once, when the device has failed for good.
+    """
+
+    def __init__(self, tts: Synthesizer, *, rows: int, on_fatal: Callable[[CosyqError], None] = lambda _: None):
+        self.tts, self.rows = tts, rows
+        self._on_fatal = on_fatal
+        self._decoder = tts.engine.decoder(rows, positions=POSITIONS, room=ROOM)
+        self._waiting: deque[Flight] = deque()
+        self._active: list[Flight] = []
+        self._held = 0  # ids of a row since a render
+        self._stirred = self._closed = False
+        self._changed = threading.Condition()
+        self._preparing = ThreadPoolExecutor(1, "preparing")
+        self._thread = threading.Thread(target=self._run, name="in-flight", daemon=True)
+        self._thread.start()
+
+    # ---- from any thread
+
+    def submit(
+        self, text: str | Iterable[str], listener: Listener, *, longest: float | None = None, **options: Unpack[Options]
+    ) -> None:
+        """Speak a text, or one that is still being written, as `Synthesizer.stream` or `stream_text` would.
+
+        What is wrong with it is told to the listener.
+
+        Args:
+            text: its pieces, if they are still to come, are asked for in a thread of their own.
+            longest: seconds of audio after which it is cut, with finish "length".
+
+        Raises:
+            GoneError: nothing is spoken any more.
+        """
+        flight = Flight(listener, longest, self.wake)
+        with self._changed:
+            if self._closed:
+                raise GoneError("nothing is spoken here any more")
+            self._waiting.append(flight)
+        if isinstance(text, str):
+            self._preparing.submit(flight.write, self.tts, text, options)
+        else:
+            reading = (self.tts, text, options)
+            threading.Thread(target=flight.write, args=reading, name="reading", daemon=True).start()
+
+    def stream(self, text: str | Iterable[str], **options: Unpack[Options]) -> Iterator[Audio]:
+        """The same as an iterator; closing it gives the request up. Whatever is wrong is raised by the iterator."""
+        heard = Heard(self.wake)
+        self.submit(text, heard, **options)
+        return heard.chunks()
+
+    def warm_up(self, text: str) -> None:
+        """Say a text to nobody; on a GPU in every size of a batch, so that no request waits for what is made once."""
+        sizes = {1}
+        if self.tts.engine.device.type == "cuda":
+            sizes |= {self.rows, *(1 << n for n in range(self.rows.bit_length()))}
+        for size in sorted(sizes):
+            for chunks in [self.stream(text, seed=seed) for seed in range(size)]:
+                for _ in chunks:
+                    pass
+
+    def wake(self) -> None:
+        """Have a look: somebody has left."""
+        with self._changed:
+            self._stirred = True
+            self._changed.notify()
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return sum(not flight.listener.cancelled for flight in self._waiting)
+
+    @property
+    def active(self) -> int:
+        return len(self._active)
+
+    def close(self) -> None:
+        """End everything that is spoken and waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._thread.join(PATIENCE)
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        while not self._closed:
+            while not self._closed and self._turn():
+                pass
+            with self._changed:
+                self._changed.wait_for(lambda: self._stirred or self._closed)
+                self._stirred = False
+        with self._changed:
+            left = [*self._active, *self._waiting]
+            self._waiting.clear()
+        for flight in left:
+            self._end(flight, GoneError("nothing is spoken here any more"))
+
+    def _turn(self) -> bool:
+        """A step for every row, and perhaps a render; whether there was anything to do."""
+        worked = self._advance()
+        if chosen := self._choose():
+            self._held = 0
+            self._render(chosen)
+            return True
+        return worked
+
+    def _advance(self) -> bool:
+        """Let go of who left, take in who came, show what is new, draw an id in every row."""
+        self._sweep()
+        worked = False
+        for flight in list(self._active):
+            worked |= self._attempt(flight, self._show)
+        if drawing := {f.row: f for f in self._active if f.row is not None and f.line_drawn}:
+            self._draw(drawing)
+            self._held += self._decoder.burst
+            worked = True
+        return worked
+
+    def _sweep(self) -> None:
+        for flight in [f for f in self._active if f.listener.cancelled]:
+            self._end(flight, GoneError("the speech was stopped"))
+        with self._changed:
+            left = [f for f in self._waiting if f.listener.cancelled]
+            for flight in left:
+                self._waiting.remove(flight)
+            came = [flight for flight in self._waiting if flight.ready][: self.rows - len(self._active)]
+            for flight in came:
+                self._waiting.remove(flight)
+            self._active += came
+        for flight in left:
+            self._end(flight, GoneError("the speech was stopped"))
+        for flight in came:
+            flight.listener.begin()
+
+    def _show(self, flight: Flight) -> bool:
+        """The next part of an utterance, if it is time and there is one. The words run at most one utterance ahead."""
+        complete = flight.complete  # before its lines are looked at, and likewise `whole`
+        line = next((line for line in flight.lines[:2] if not line.out), None)
+        if line is None:
+            if complete and not flight.lines:
+                self._end(flight, flight.error)
+                return True
+            return False
+        if line.drawing:
+            return False
+        whole, (part, words) = line.whole, line.parts.popleft() if line.parts else (None, 0)
+        if part is None:
+            if whole:
+                self._out(flight, line, "length")
+            return whole
+        assert flight.clock is not None
+        flight.clock.read(words)
+        line.shown += part.shown
+        if part.maximum <= line.count:
+            return True
+        embed, bounds = self.tts.engine.embed, {"minimum": part.minimum, "maximum": part.maximum}
+        shown = torch.cat([embed(text, speech) for text, speech in line.shown]).unsqueeze(0)
+        if flight.row is None:
+            flight.row = self._decoder.join(shown, **bounds, generator=line.generator, room=line.room)
+        else:
+            self._decoder.extend(flight.row, shown, **bounds)
+        line.drawing, line.shown = True, []
+        return True
+
+    def _draw(self, drawing: dict[int, Flight]) -> None:
+        try:
+            started = time.perf_counter()
+            self._decoder.step()
+            told = self._decoder.news()
+            seconds = (time.perf_counter() - started) / len(drawing)
+        except Exception as error:  # of nobody's in particular
+            why = self._explain(error)
+            for flight in drawing.values():
+                self._end(flight, why)
+            return
+        for row, news in told.items():
+            if row in drawing:
+                self._heard(drawing[row], news, seconds)
+
+    def _heard(self, flight: Flight, news: News, seconds: float) -> None:
+        line = flight.line_drawn
+        assert flight.clock is not None
+        assert line is not None
+        if news.error:
+            self._end(flight, news.error)
+            return
+        flight.clock.drawn(len(news.tokens), seconds)
+        line.rendering.add(news.tokens)
+        line.count += len(news.tokens)
+        line.last = news.tokens[-1] if news.tokens else line.last
+        if news.finish == "stop":
+            self._out(flight, line, "stop")
+        elif news.finish == "length":
+            line.drawing, line.shown = False, [([], [line.last])]
+
+    def _out(self, flight: Flight, line: Line, finish: Finish) -> None:
+        line.out, line.drawing = True, False
+        line.rendering.end()
+        if flight.clock is not None:
+            flight.clock.ended(finish)
+        self._leave(flight)
+
+    def _choose(self) -> list[Flight]:
+        """Whose chunks to render: the most urgent one, and those beside it for which that is as urgent."""
+        due = [f for f in self._active if f.lines and f.lines[0].rendering.due is not None]
+        due.sort(key=lambda flight: flight.dry_at)  # and who has no audio yet in order of arrival
+        if not due:
+            return []
+        driest = due[0]
+        expecting = any(not f.started and f.line_drawn for f in self._active)
+        can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
+        if can_wait and expecting and self._held < IDS_HELD:
+            return []
+        room, steps = self.tts.engine.flow_frames - driest.lines[0].rendering.frames, driest.lines[0].rendering.steps
+        chosen = [driest]
+        for flight in due[1:]:
+            rendering = flight.lines[0].rendering
+            if bool(flight.started) == bool(driest.started) and rendering.steps == steps and rendering.frames <= room:
+                chosen.append(flight)
+                room -= rendering.frames
+        return chosen
+
+    def _render(self, flights: list[Flight]) -> None:
+        """One chunk of each; side by side in the flow, one after the other in the vocoder, which is short."""
+
+        def between() -> None:
+            self._advance()
+            if self._closed or not any(flight in self._active for flight in flights):
+                raise _AbandonedError
+
+        try:
+            mels = self.tts.engine.mels([f.lines[0].rendering.chunk for f in flights], between=between)
+        except _AbandonedError:
+            return
+        except Exception as error:
+            if len(flights) > 1 and not is_fatal(error):  # whose fault it was shows when each is alone
+                for flight in flights:
+                    if flight in self._active:
+                        self._render([flight])
+                return
+            why = self._explain(error)
+            for flight in flights:
+                self._end(flight, why)
+            return
+        for flight, mel in zip(flights, mels, strict=True):
+            self._attempt(flight, partial(self._sound, mel=mel))
+
+    def _sound(self, flight: Flight, mel: Tensor) -> bool:
+        """Give a flight the samples of its chunk."""
+
+        def between() -> None:
+            self._advance()
+            if flight not in self._active or self._closed:
+                raise _AbandonedError
+
+        line = flight.lines[0]
+        samples = line.rendering.take(mel, between)
+        assert flight.clock is not None
+        if line.lead:
+            lead, line.lead = line.lead, 0
+            self._put(flight, flight.clock.audio(SILENCE, "", line.index - 1, pause=lead))
+        if len(samples):
+            self._put(flight, flight.clock.audio(samples, line.text(), line.index))
+        if line.rendering.over and flight in self._active:
+            del flight.lines[0]
+        return True
+
+    def _put(self, flight: Flight, audio: Audio) -> None:
+        if flight not in self._active:
+            return
+        rate, left = audio.sample_rate, None if flight.longest is None else flight.longest - flight.sent
+        cut = left is not None and len(audio.samples) > round(left * rate)
+        if cut and left is not None:
+            timings = replace(audio.timings, finish="length")
+            audio = replace(audio, samples=audio.samples[: round(left * rate)], timings=timings)
+        flight.started = flight.started or time.monotonic()
+        flight.sent += len(audio.samples) / rate
+        flight.listener.put(audio)
+        if cut:
+            self._end(flight, None)
+
+    # ---- how it ends
+
+    def _attempt(self, flight: Flight, work: Callable[[Flight], bool]) -> bool:
+        try:
+            return flight in self._active and work(flight)
+        except _AbandonedError:
+            pass
+        except Exception as error:
+            self._end(flight, self._explain(error))
+        return True
+
+    def _explain(self, error: Exception) -> CosyqError:
+        if isinstance(error, CosyqError):
+            return error
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            return DeviceError("out of memory", where="device", remedy="give a shorter text")
+        if is_fatal(error):
+            lost = DeviceError(f"the device has failed ({str(error).splitlines()[0][:160]})", where="device")
+            if not self._closed:
+                with self._changed:
+                    self._closed = True
+                self._on_fatal(lost)
+            return GoneError("the device has failed")
+        log.exception("speaking failed", exc_info=error)
+        return CosyqError(f"internal error: {type(error).__name__}")
+
+    def _leave(self, flight: Flight) -> None:
+        if flight.row is not None:
+            row, flight.row = flight.row, None
+            self._decoder.leave(row)
+
+    def _end(self, flight: Flight, error: CosyqError | None) -> None:
+        if flight in self._active:
+            self._active.remove(flight)
+        if not self._closed:
+            self._leave(flight)
+        flight.listener.end(error)
+        flight.listener.release()
+
+
+class _AbandonedError(Exception):
+    """A render whose audio nobody wants any more."""
+
+
+def rows_for(engine: Engine) -> int:
+    """How many requests to speak at once where nobody says: on a CPU, 4; on a GPU, a power of two up to 32, whose keys
+    and values fit a quarter of the memory that is free."""
+    if engine.device.type != "cuda":
+        return ROWS_OF_A_CPU
+    c = engine.config.llm
+    row = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (POSITIONS + ROOM) * 2  # 16 bits
+    fit = int(SHARE * torch.cuda.mem_get_info(engine.device)[0] / row)
+    return min(1 << max(fit.bit_length() - 1, 0), MOST_ROWS)
+
+
+def is_fatal(error: Exception) -> bool:
+    """After an error of CUDA's own the process can do nothing more on the device."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

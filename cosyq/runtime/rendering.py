@@ -1,0 +1,85 @@
+"""One utterance's speech ids on their way to samples, chunk by chunk, as a stream renders them.
+
+Where chunks end is known before the first id, so the samples do not depend on how fast the ids came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cosyq.model.flow import nothing
+from cosyq.model.vocoder import StreamState
+from cosyq.runtime.decode import Silence
+from cosyq.runtime.engine import Chunk, Engine
+from cosyq.runtime.schedule import chunk_ends, shown_prompt
+from cosyq.runtime.speed import Pace
+from cosyq.voices.voice import Voice
+
+
+class Rendering:
+    """Chunks together equal one block-causal pass over the utterance."""
+
+    def __init__(self, engine: Engine, voice: Voice, *, steps: int, speed: float):
+        flow = engine.config.flow
+        block, prompt = flow.chunk_frames // flow.token_mel_ratio, voice.prompt_tokens.numel()
+        self._engine, self.steps, self._ratio = engine, steps, flow.token_mel_ratio
+        self._voice = voice.ending(shown_prompt(prompt, block))
+        self._ends = chunk_ends(self._voice.prompt_tokens.numel(), block)
+        self._end, self._lookahead = next(self._ends), flow.lookahead
+        self._silence = Silence(engine.config.llm.silent_tokens)
+        self._state, self._pace = StreamState(), Pace(speed)
+        self._tokens: list[int] = []
+        self._sent = 0  # frames of the flow that were passed on
+        self._ended = False
+        self.over = False  # all of it is rendered
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """More speech ids, as they were drawn: long silences are shortened here."""
+        self._tokens += filter(self._silence.lets_through, tokens)
+
+    def end(self) -> None:
+        """No id will follow."""
+        self._ended = True
+
+    @property
+    def due(self) -> int | None:
+        """How many of the ids the next chunk is rendered of; None while that takes more of them."""
+        if len(self._tokens) >= self._end + self._lookahead:
+            return self._end + self._lookahead
+        return len(self._tokens) if self._ended and not self.over else None
+
+    @property
+    def chunk(self) -> Chunk:
+        """What the flow makes of the ids that are due."""
+        count = self.due
+        assert count is not None
+        final = count < self._end + self._lookahead
+        return Chunk(self._tokens[:count], self._voice, True, final, self.steps)
+
+    @property
+    def frames(self) -> int:
+        """How many frames that is, with the prompt's."""
+        assert self.due is not None
+        return self._ratio * (self._voice.prompt_tokens.numel() + self.due)
+
+    def next(self) -> NDArray[np.float32]:
+        """Render the chunk that is due: samples [n] float32, possibly none."""
+        (mel,) = self._engine.mels([self.chunk])
+        return self.take(mel)
+
+    def take(self, mel: Tensor, between: Callable[[], None] = nothing) -> NDArray[np.float32]:
+        """The samples of the chunk that is due, of the flow's mel for it.
+
+        `between` is called between the steps of the work, and may end it by an exception.
+        """
+        final = self.chunk.final
+        frames = self._pace.frames(mel[:, self._sent :])
+        samples = self._engine.samples(frames, self._state, final=final, between=between)
+        self._sent, self.over = mel.shape[1], final
+        if not final:
+            self._end = next(self._ends)
+        return samples.numpy()

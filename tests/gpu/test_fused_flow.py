@@ -1,0 +1,70 @@
+"""The fast flow at full size on a GPU, against the plain one: run with `pytest -m gpu tests/gpu`."""
+
+import pytest
+import torch
+from full_flow import FULL, random_flow
+
+from cosyq.model.flow import start_noise
+from cosyq.quantize.formats import Format, four_bit
+from cosyq.runtime.fused_flow import FusedFlow, Utterance
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+CUDA = torch.device("cuda")
+FORMATS = [Format("int8"), four_bit("nf4", 64, False), Format("bf16")]
+
+
+def utterance(tokens, prompt, *, streaming, final):
+    generator = torch.Generator(CUDA).manual_seed(tokens)
+    return Utterance(
+        torch.randint(0, FULL.vocab, (tokens,), generator=generator, device=CUDA),
+        torch.randn(FULL.speaker_dim, generator=generator, device=CUDA),
+        torch.randn(2 * prompt, FULL.mel_dim, generator=generator, device=CUDA),
+        streaming,
+        final,
+    )
+
+
+OFFLINE = utterance(325, 75, streaming=False, final=True)
+STREAMED = utterance(103, 87, streaming=True, final=False)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return start_noise(FULL).cuda()
+
+
+def called(flow, u, noise):
+    how = {"streaming": u.streaming, "final": u.final, "steps": 10}
+    with torch.inference_mode():
+        return flow(u.tokens, u.speaker, u.prompt_mel, noise, **how)
+
+
+def distance(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_as_near_to_float32_as_the_plain_flow_in_bf16(fmt, noise):
+    cases = (OFFLINE, STREAMED)
+    exact = random_flow(fmt, torch.float32, CUDA)
+    expected = [called(exact, u, noise) for u in cases]
+    plain = random_flow(fmt, torch.bfloat16, CUDA)
+    bounds = [1.5 * distance(called(plain, u, noise), e) for u, e in zip(cases, expected, strict=True)]
+    fused = FusedFlow(plain)
+    for u, e, bound in zip(cases, expected, bounds, strict=True):
+        first, again = called(fused, u, noise), called(fused, u, noise)
+        assert torch.equal(first, again)  # launched step by step, then replayed
+        assert distance(first, e) < bound
+
+
+def test_neighbours_change_nothing_but_roundings(noise):
+    fused = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA))
+    some = [
+        OFFLINE,
+        STREAMED,
+        utterance(65, 50, streaming=True, final=True),
+        utterance(40, 0, streaming=False, final=True),
+    ]
+    alone = [called(fused, u, noise) for u in some]
+    for found, expected in zip(fused.solve(some, noise, steps=10), alone, strict=True):
+        assert distance(found, expected) < 0.02

@@ -1,0 +1,154 @@
+"""The kernels of the diffusion transformer, in Triton's interpreter, against torch's own expressions."""
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative
+
+from cosyq.kernels import dit
+from cosyq.model.dit import block_causal_mask, rope_tables, rotate_first
+from cosyq.quantize.formats import dequantize_blocks, dequantize_rows
+
+LENGTHS = (70, 5)  # more than a tile, and less
+HALF = 96  # frames of both and some that belong to none
+HEADS, D = 2, 16
+DIM = HEADS * D
+EXACT = 2e-6  # float32 sums in another order
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(3)
+
+
+def tiles(*blocks):
+    return dit.tile_table(LENGTHS, blocks, 5)  # three, and two empty ones
+
+
+def sequences(x):
+    """The rows of each sequence and branch of x [2 * HALF, ...], views."""
+    for branch in range(2):
+        yield from x[branch * HALF : branch * HALF + sum(LENGTHS)].split(LENGTHS)
+
+
+def poisoned(*shape):
+    """What is not written shows, and what is not to be read spoils the rest."""
+    return torch.full(shape, float("nan"))
+
+
+def rows(width):
+    x = poisoned(2 * HALF, width)
+    for part in sequences(x):
+        part.normal_()
+    return x
+
+
+def assert_equal_rows(found, expected):
+    for f, e in zip(sequences(found), expected, strict=True):
+        assert relative(f, e) < EXACT
+
+
+def test_a_tile_knows_its_sequence_and_block():
+    assert dit.tile_table([65, 1], [50, 7], 4).tolist() == [
+        [0, 0, 65, 50],
+        [64, 0, 65, 50],
+        [65, 65, 66, 7],
+        [0, 0, 0, 1],
+    ]
+
+
+def test_rows_unpack():
+    codes = torch.randint(-127, 128, (33, 160), dtype=torch.int8)
+    scales, out = torch.rand(33), poisoned(33 * 160)
+    dit.unpack_rows(codes.view(-1), scales, out)
+    assert torch.equal(out.view(33, 160), dequantize_rows(codes, scales))
+
+
+def test_blocks_unpack():
+    codes, levels = torch.randint(0, 256, (33 * 80,), dtype=torch.uint8), torch.randn(16)
+    scales, out = torch.rand(33 * 5), poisoned(33 * 160)
+    dit.unpack_blocks(codes, scales, levels, out)
+    assert torch.equal(out.view(33, 160), dequantize_blocks(codes, levels, scales, 32, torch.Size((33, 160))))
+
+
+def test_gelu_is_the_one_by_tanh():
+    x, weight, bias, out = torch.randn(9, 24), torch.randn(40, 24), torch.randn(40), poisoned(9, 40)
+    dit.linear_gelu(x, weight, bias, out)
+    assert relative(out, F.gelu(F.linear(x, weight, bias), approximate="tanh")) < EXACT
+
+
+@pytest.mark.parametrize("dim", [64, 80])
+def test_norm_after_a_gated_sum(dim):
+    x, y = torch.randn(8, dim) * 3 + 1, torch.randn(8, dim)
+    gate, scale, shift, residual, out = (
+        torch.randn(dim),
+        torch.randn(dim),
+        torch.randn(dim),
+        x.clone(),
+        poisoned(8, dim),
+    )
+
+    def normed(x):
+        return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale) + shift
+
+    dit.add_norm(residual, None, scale, shift, out, 1e-6)
+    assert torch.equal(residual, x)
+    assert relative(out, normed(x)) < EXACT
+    dit.add_norm(residual, (gate, y), scale, shift, out, 1e-6)
+    assert relative(residual, x + gate * y) < EXACT
+    assert relative(out, normed(x + gate * y)) < EXACT
+
+
+def test_head_0_of_queries_and_keys_is_rotated_by_its_place():
+    qkv, frequencies = rows(3 * DIM), torch.rand(D // 2)
+    angles = torch.outer(torch.arange(HALF).float(), frequencies)
+    expected = []
+    for part in sequences(qkv.clone()):
+        q, k, v = part.split(DIM, dim=1)
+        rope = rope_tables(len(part), frequencies)
+        expected.append(torch.cat([rotate_first(q[None], *rope)[0], rotate_first(k[None], *rope)[0], v], dim=1))
+    dit.rotate(qkv, (angles.cos(), angles.sin()), tiles(1, 1))
+    assert_equal_rows(qkv, expected)
+
+
+@pytest.mark.parametrize("blocks", [(dit.EVERYWHERE, dit.EVERYWHERE), (9, dit.EVERYWHERE), (66, 2)], ids=str)
+def test_attention_within_a_sequence_and_up_to_a_block(blocks):
+    qkv, out = rows(3 * DIM), poisoned(2 * HALF, DIM)
+    expected = []
+    for part, block in zip(sequences(qkv), blocks * 2, strict=True):
+        q, k, v = part.view(-1, 3, HEADS, D).permute(1, 2, 0, 3)
+        mask = block_causal_mask(len(part), block, part.device)
+        expected.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).reshape(-1, DIM))
+    dit.attend(qkv, tiles(*blocks), out, HEADS)
+    assert_equal_rows(out, expected)
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_causal_convolution_within_a_sequence(added):
+    groups, taps, group = 2, 5, DIM // 2
+    x, before, out = rows(DIM), rows(DIM), poisoned(2 * HALF, DIM)
+    weight, bias = torch.randn(DIM, group, taps), torch.randn(DIM)
+    expected = []
+    for part, more in zip(sequences(x), sequences(before), strict=True):
+        y = F.mish(F.conv1d(F.pad(part.T, (taps - 1, 0)), weight, bias, groups=groups)).T
+        expected.append(y + more if added else y)
+    laid_out = weight.view(groups, group, group, taps).permute(0, 3, 2, 1).contiguous()
+    dit.conv_mish(x, laid_out, bias, before if added else None, tiles(1, 1), out)
+    assert_equal_rows(out, expected)
+
+
+def test_mish_of_large_numbers():
+    x, out = torch.tensor([[-200.0] * 16, [200.0] * 16]).repeat(32, 1), poisoned(64, 16)
+    dit.conv_mish(x, torch.eye(16)[None, None], torch.zeros(16), None, dit.tile_table([32], [1], 1), out)
+    assert relative(out, F.mish(x)) < EXACT
+
+
+def test_guided_step():
+    x, velocity, given = torch.randn(10, 12), torch.randn(20, 12), torch.randn(20, 30)
+    kept, conditional, free = given[:, 12:].clone(), velocity[:10], velocity[10:]
+    expected = x + 0.3 * (1.7 * conditional - 0.7 * free)
+    dit.guide(x, velocity, given, torch.tensor([0.3]), 0.7)
+    assert relative(x, expected) < EXACT
+    assert torch.equal(given[:, :12], torch.cat([x, x]))
+    assert torch.equal(given[:, 12:], kept)

@@ -1,0 +1,106 @@
+"""The fast flow, its kernels in Triton's interpreter, against the plain one."""
+
+import interpreter  # noqa: F401
+import pytest
+import torch
+from conftest import relative
+from torch import nn
+
+from cosyq.model.config import FlowConfig
+from cosyq.model.flow import Flow, start_noise
+from cosyq.quantize.formats import Format, four_bit
+from cosyq.quantize.linear import DequantLinear
+from cosyq.quantize.pack import pack
+from cosyq.runtime.fused_flow import FusedFlow, Utterance
+
+SMALL = FlowConfig(
+    vocab=40, token_dim=8, mel_dim=12, speaker_dim=6, token_mel_ratio=2, lookahead=3, lookahead_channels=16,
+    dim=64, depth=2, heads=2, head_dim=32, ff_dim=128, conv_kernel=4, conv_groups=4, chunk_frames=10,
+    guidance=0.7, noise_frames=60,
+)  # fmt: skip
+CPU = torch.device("cpu")
+INT8, NF4 = Format("int8"), four_bit("nf4", 64)
+EXACT = 1e-5  # float32 sums in another order, through the steps
+
+
+def network(*formats):
+    """A small random flow; its blocks' linears packed in turn by `formats`, None for none."""
+    torch.manual_seed(2)
+    flow = Flow(SMALL, (1, 2))
+    for name, parameter in flow.named_parameters():
+        fan_in = parameter[0].numel() if parameter.dim() > 1 else 25
+        nn.init.normal_(parameter, std=0.3 if name.startswith("adaln") else 0.7 / fan_in**0.5)
+    nn.init.uniform_(flow.estimator.rope_frequencies)
+    layers = [name for name, module in flow.estimator.blocks.named_modules() if isinstance(module, nn.Linear)]
+    for index, name in enumerate(layers):
+        fmt = formats[index % len(formats)]
+        if fmt:
+            parent, _, leaf = name.rpartition(".")
+            layer = flow.estimator.blocks.get_submodule(name)
+            tensors, _ = pack(layer.weight.detach(), fmt, CPU)
+            packed = DequantLinear(fmt, tuple(layer.weight.shape), tensors, layer.bias.detach())
+            setattr(flow.estimator.blocks.get_submodule(parent), leaf, packed)
+    return flow.requires_grad_(False).eval()
+
+
+def utterance(tokens, prompt, *, streaming, final):
+    generator = torch.Generator().manual_seed(tokens)
+    return Utterance(
+        torch.randint(0, SMALL.vocab, (tokens,), generator=generator),
+        torch.randn(SMALL.speaker_dim, generator=generator),
+        torch.randn(2 * prompt, SMALL.mel_dim, generator=generator),
+        streaming,
+        final,
+    )
+
+
+def called(flow, u, steps=2):
+    how = {"streaming": u.streaming, "final": u.final, "steps": steps}
+    with torch.inference_mode():
+        return flow(u.tokens, u.speaker, u.prompt_mel, start_noise(SMALL), **how)
+
+
+OFFLINE = utterance(13, 4, streaming=False, final=True)
+STREAMED = utterance(17, 5, streaming=True, final=False)
+MIXED = (INT8, None, INT8, NF4, NF4, NF4, INT8, INT8, INT8, INT8, None, INT8)  # one block after the other
+
+
+@pytest.mark.parametrize("formats", [(None,), (INT8,), (NF4,), MIXED], ids=["float", "int8", "nf4", "mixed"])
+def test_equals_the_plain_flow(formats):
+    expected = called(network(*formats), STREAMED)
+    assert relative(called(FusedFlow(network(*formats)), STREAMED), expected) < EXACT
+
+
+def test_one_after_another_and_side_by_side():
+    """Other lengths, prompts, masks and numbers of steps; what ran before or beside an utterance does not touch it."""
+    plain, fused = network(INT8), FusedFlow(network(INT8))
+    alone = [called(plain, u) for u in (OFFLINE, STREAMED)]
+    assert relative(called(fused, OFFLINE), alone[0]) < EXACT
+    assert relative(called(fused, STREAMED, steps=1), called(plain, STREAMED, steps=1)) < EXACT
+    together = fused.solve([STREAMED, OFFLINE], start_noise(SMALL), steps=2)
+    for found, expected in zip(together, reversed(alone), strict=True):
+        assert relative(found, expected) < EXACT
+
+
+def test_room_grows_with_what_is_asked_for(monkeypatch):
+    monkeypatch.setattr("cosyq.runtime.fused_flow.ROOM", 32)
+    plain, fused = network(None), FusedFlow(network(None))
+    for u in (OFFLINE, utterance(20, 0, streaming=False, final=True), OFFLINE):
+        assert relative(called(fused, u, steps=1), called(plain, u, steps=1)) < EXACT
+
+
+def test_takes_the_flow_apart():
+    """No weight is kept twice: of the plain flow only what comes before the estimator is left."""
+    flow = network(INT8)
+    FusedFlow(flow)
+    assert not hasattr(flow, "estimator")
+    assert {name.partition(".")[0] for name, _ in flow.named_parameters()} == {
+        "token_embedding",
+        "token_encoder",
+        "speaker_proj",
+    }
+
+
+def test_an_utterance_beyond_the_noise_is_refused():
+    with pytest.raises(ValueError, match="62 frames asked for, the fixed noise covers 60"):
+        called(FusedFlow(network(None)), utterance(31, 0, streaming=False, final=True))
