@@ -28,11 +28,9 @@ class Buffers:
         self.frames = zeros(1, frames, 2)  # of the excitation
         self.spectrum = zeros(1, hops, w.basis.shape[1], dtype=dtype)
         self.low = zeros(max(largest, frames * w.pre.outputs), dtype=dtype)  # what the next stage upsamples
-        self.last = zeros(1, hops, w.post.inputs)  # what the last convolution reads
-        self.up, self.x = zeros(2, largest)
+        self.up, self.x = zeros(2, max(largest, hops * w.post.outputs))  # at last the output layer's, out and in
         self.raw = zeros(blocks * largest)
         self.acts = zeros(2, blocks * largest, dtype=dtype)  # activations in front of first and second convolutions
-        self.head = zeros(1, hops, w.post.outputs)
         self.wav = zeros(hops, w.inverse.hop)
 
 
