@@ -158,7 +158,9 @@ class InFlight:
         worked = False
         for flight in list(self._active):
             worked |= self._attempt(flight, self._show)
-        if drawing := {f.row: f for f in self._active if f.row is not None and f.line_drawn}:
+        drawing = {f.row: f for f in self._active if f.row is not None and f.line_drawn}
+        # Who has a chunk's worth of ids waits with more; renders are what is short.
+        if any(flight.lines[0].rendering.due is None for flight in drawing.values()):
             self._draw(drawing)
             self._held += self._decoder.burst
             worked = True

@@ -28,7 +28,7 @@ class Slowed:
         self.embed, self.speech_tokens, self.samples = engine.embed, engine.speech_tokens, engine.samples
         self.weights, self.flow_frames = engine.weights, engine.flow_frames
         self.delay, self.errors, self.done = 0.0, {}, []
-        self.steps, self.poison = 0, None
+        self.steps, self.poison, self.during = 0, None, []
 
     def decoder(self, rows, **bounds):
         made = self._engine.decoder(rows, **bounds)
@@ -55,7 +55,11 @@ class Slowed:
             between()
 
         self.done.append(tuple(chunk.voice.name for chunk in chunks))
-        return self._engine.mels(chunks, between=slowly)
+        before = self.steps
+        try:
+            return self._engine.mels(chunks, between=slowly)
+        finally:
+            self.during.append(self.steps - before)
 
 
 class Ear:
@@ -235,6 +239,21 @@ def test_the_first_chunks_come_first(batch, engine, voice):
     assert firsts == sorted(firsts)
     for ear in (early, *late):
         assert ear.over.wait(30)
+
+
+def test_nobodys_words_run_further_ahead_than_a_chunk(batch, engine):
+    """A render is not kept up by ids that nobody needs yet, but goes on with those of a newcomer."""
+    engine.delay = 0.01
+    one = submit(batch, TEXT)
+    deadline = time.monotonic() + 20
+    while not engine.during:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert engine.during[0] == 0
+    other = submit(batch, TEXT)
+    for ear in (one, other):
+        assert ear.over.wait(20)
+    assert sum(engine.during) > 0
 
 
 def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
