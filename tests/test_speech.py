@@ -27,6 +27,7 @@ SENTENCES = (
     "Turn right at the second traffic light.",
 )
 UNDERSTOOD = 0.25  # of the words are wrong, at most
+CONVERTED = 0.5  # the same, of a sentence that was heard and said again
 NOISE = 0.8  # of the words are wrong, at least
 
 
@@ -125,7 +126,7 @@ def test_a_conversion_keeps_the_words_and_takes_the_voice(artifact):
     tokens = encoders.speech_tokens(torch.from_numpy(Recording(said, 24_000).at(16_000))).tolist()
     converted = tts.convert(tokens, voice="magnus").samples
     assert len(converted) == pytest.approx(len(said), abs=960)
-    assert error_rate([(SENTENCES[3], converted)]) < UNDERSTOOD
+    assert error_rate([(SENTENCES[3], converted)]) < CONVERTED
     vector = encoders.speaker(torch.from_numpy(Recording(converted, 24_000).at(16_000)))
     similarity = {name: float(torch.cosine_similarity(vector, tts.voice(name).speaker, 0)) for name in tts.voices()}
     assert max(similarity, key=lambda name: similarity[name]) == "magnus"

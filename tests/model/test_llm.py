@@ -19,7 +19,8 @@ def engine(artifact_of):
 @pytest.fixture(scope="module")
 def embeddings(engine, golden):
     text, speech = golden["llm.text"][0].tolist(), golden["llm.speech"][0].tolist()
-    return engine.prompt_embeddings(text, speech)
+    c = engine.config.llm
+    return torch.cat([engine.embed([], [c.sos]), engine.embed(text, [c.task_id, *speech])]).unsqueeze(0)
 
 
 def run(engine, embeddings, sizes):
