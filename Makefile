@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Threads that wait sleep: spinning, they slow down whatever else runs beside them, a server's test its client.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow quality format clean
+.PHONY: demo test test-slow test-gpu quality format clean
 
 # torch first, by itself: what the other packages ask of it is then met already.
 $(READY): pyproject.toml
@@ -27,6 +27,10 @@ test: $(READY)
 # Full size: needs 10 GB of disk and minutes.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# On a CUDA machine: the engine fused against the reference, at full size. Needs 10 GB of disk.
+test-gpu: $(READY)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/gpu
 
 quality: $(READY)
 	$(BIN)/ruff check .
