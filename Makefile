@@ -18,7 +18,7 @@ $(READY): pyproject.toml
 demo: $(READY)
 	mkdir -p build
 	$(BIN)/cosyq quantize mini --device cpu --force
-	$(BIN)/cosyq synth "Hello there. This is a small model, and you can hear what it says." -a artifacts/cosyq-mini -o build/demo.wav --seed 1 --device cpu
+	$(BIN)/cosyq synth "This is a small model, and you can hear what it says." -a artifacts/cosyq-mini -o build/demo.wav --seed 1 --device cpu
 	@echo "Listen to build/demo.wav."
 
 test: $(READY)

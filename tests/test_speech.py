@@ -81,6 +81,12 @@ def test_a_recognizer_understands_it(artifact):
     assert word_error_rate(artifact) < UNDERSTOOD
 
 
+def test_every_sentence_of_a_text_is_said(artifact):
+    """It learnt of single sentences, and would end after the first."""
+    pairs = [f"{one} {other}" for one, other in zip(SENTENCES[::2], SENTENCES[1::2], strict=False)]
+    assert word_error_rate(artifact, pairs) < UNDERSTOOD
+
+
 @pytest.mark.parametrize("stage", ["llm", "flow"])
 def test_rows_that_lie_one_too_far_are_not_understood(tmp_path, monkeypatch, stage):
     """A mistake in packing that every check of names, shapes and hashes would let through."""

@@ -72,6 +72,11 @@ class Manifest:
         """The name of the checkpoint that came with cosyq, where it was made from one."""
         return self.recipe["source"].get("bundled")
 
+    @property
+    def one_sentence(self) -> bool:
+        """Whether the language model ends after a sentence whatever follows: cosyq-mini learnt of single ones."""
+        return self.bundled == "mini"
+
     def to_json(self) -> str:
         """Canonical text, ending in a digest of itself."""
         body = {

@@ -135,7 +135,12 @@ class Requests:
             UsageError: the text is empty, too long, or brings a marker.
         """
         prompted = compose(
-            text, manner.transcript, self._tokenizer, instruction=manner.instruction, normalized=manner.normalized
+            text,
+            manner.transcript,
+            self._tokenizer,
+            instruction=manner.instruction,
+            normalized=manner.normalized,
+            one_sentence=self.artifact.manifest.one_sentence,
         )
         room, c = self.room(manner.voice), self._model.llm
         return [

@@ -50,12 +50,20 @@ def speakable(text: str) -> str:
 
 
 def compose(
-    text: str, transcript: str, tokenizer: TextTokenizer, *, instruction: str = "", normalized: bool = True
+    text: str,
+    transcript: str,
+    tokenizer: TextTokenizer,
+    *,
+    instruction: str = "",
+    normalized: bool = True,
+    one_sentence: bool = False,
 ) -> list[PromptedText]:
     """Put the pieces in the order of training: system line, marker, transcript, words; one item an utterance.
 
     The words are normalised first, all at once, so that the pieces are cut from what is said. The transcript and the
     instruction are not: the one states what was said in the recording, the other is not said.
+
+    With `one_sentence` every sentence is an utterance of its own.
 
     Under an instruction ("speak slowly"), the prompt's words and speech stay out: they would be imitated instead.
     A text that brings its own marker is an instruction and what to say.
@@ -77,7 +85,7 @@ def compose(
         words = normalize(words)
     pieces = [
         (" ".join(piece.text.split()), piece.ends_paragraph)
-        for piece in split_text(words, lambda part: len(tokenizer.encode(part)))
+        for piece in split_text(words, lambda part: len(tokenizer.encode(part)), one_sentence=one_sentence)
         if says_something(piece.text)
     ]
     return [PromptedText(said, prompt, tokenizer.encode(said), with_speech, ends) for said, ends in pieces]

@@ -37,14 +37,19 @@ class Piece:
     ends_paragraph: bool
 
 
-def split_text(text: str, count: Callable[[str], int], longest: int = LONGEST) -> list[Piece]:
+def split_text(
+    text: str, count: Callable[[str], int], longest: int = LONGEST, *, one_sentence: bool = False
+) -> list[Piece]:
     """Cut `text` into pieces of at most `longest` tokens by `count`, a short tail joined to the piece before.
+
+    With `one_sentence` no piece has more than one, however short it is.
 
     The texts of the pieces, joined, are `text`. Time is linear in its length.
     """
     pieces: list[Piece] = []
     for paragraph in _cut_after(text, _PARAGRAPH):
-        packed = _pack(_fitting(paragraph, count, longest), count, longest)
+        parts = _fitting(paragraph, count, longest)
+        packed = list(parts) if one_sentence else _pack(parts, count, longest)
         pieces += [Piece(part, False) for part in packed[:-1]] + [Piece(packed[-1], True)]
     return pieces
 

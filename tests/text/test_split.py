@@ -64,6 +64,13 @@ def test_where_it_cuts(longest, expected):
     assert texts("".join(expected), longest) == expected
 
 
+def test_one_sentence_a_piece_where_that_is_asked_for():
+    text = "Good morning. How are you, Mr. Smith? Well!\n\nBye."
+    pieces = split_text(text, len, one_sentence=True)
+    assert [piece.text for piece in pieces] == ["Good morning. ", "How are you, Mr. Smith? ", "Well!\n\n", "Bye."]
+    assert [piece.ends_paragraph for piece in pieces] == [False, False, True, True]
+
+
 def test_paragraphs_are_marked():
     pieces = split_text("One two.\nThree.\n\nFour five.\n\n\nSix.", words, 10)
     assert [p.ends_paragraph for p in pieces] == [True, True, True]
