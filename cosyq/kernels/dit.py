@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosyq.kernels.packed import INT8_STEP
+
 TILE = 64
 EVERYWHERE = 1 << 30
 KEYS = 64  # taken at a time by attention
 LOG2_E = 1.4426950408889634
-INT8_STEP = tl.constexpr(7.874015718698502e-3)  # as `quantize.formats` has it
 
 
 def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Tensor:

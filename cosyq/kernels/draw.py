@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from cosyq.kernels.packed import INT8_STEP
 from cosyq.model.config import SamplingConfig
 
-NOT_FINITE, IDLE = -1, -2  # in the log, for an id
+NOT_FINITE, IDLE = tl.constexpr(-1), tl.constexpr(-2)  # in place of an id, as `runtime.batch` reads them
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def _draw(logits_ptr, uniform_ptr, recent_ptr, count_ptr, minimum_ptr, maximum_p
     k = tl.arange(0, HIDDEN_PADDED)
     ended = tl.load(finished_ptr + row) != 0
     if ended:
-        tl.store(drawn_ptr + row, -2)
+        tl.store(drawn_ptr + row, IDLE)
     else:
         count = tl.load(count_ptr + row)
         index = tl.arange(0, PADDED)
@@ -74,7 +75,7 @@ def _draw(logits_ptr, uniform_ptr, recent_ptr, count_ptr, minimum_ptr, maximum_p
         recent = tl.load(recent_ptr + row * WINDOW + turn, mask=turn < WINDOW, other=-1)
         if tl.sum((recent == drawn).to(tl.int32), 0) >= MOST_REPEATS:
             drawn = _pick(tl.where(index == drawn, 0.0, weights), index, tl.load(uniform + 1))
-        drawn = tl.where(strange > 0, -1, drawn)
+        drawn = tl.where(strange > 0, NOT_FINITE, drawn)
         tl.store(drawn_ptr + row, drawn)
         tl.store(recent_ptr + row * WINDOW + count % WINDOW, drawn)
         tl.store(count_ptr + row, count + 1)
@@ -87,7 +88,7 @@ def _draw(logits_ptr, uniform_ptr, recent_ptr, count_ptr, minimum_ptr, maximum_p
             tl.store(next_ptr + row, position + 1)
             x = tl.load(embedding_ptr + drawn * HIDDEN + k, mask=k < HIDDEN, other=0).to(tl.float32)
             if INT8:
-                x *= tl.load(scale_ptr + drawn) * 7.874015718698502e-3
+                x *= tl.load(scale_ptr + drawn) * INT8_STEP
             tl.store(x_ptr + row * HIDDEN + k, x, mask=k < HIDDEN)
     if ended:  # what the pass does with this row must not reach its past, nor grow
         tl.store(position_ptr + row, -1)

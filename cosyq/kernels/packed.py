@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 INT8, FOUR_BIT, NESTED, FLOAT = (tl.constexpr(kind) for kind in range(4))
-_INT8_STEP = tl.constexpr(7.874015718698502e-3)  # 1 / 127 as bitsandbytes writes it
+INT8_STEP = tl.constexpr(7.874015718698502e-3)  # as `quantize.formats` has it
 NESTED_BLOCKS = tl.constexpr(256)  # blocks of the absmax that share a scale
 
 
@@ -147,7 +147,7 @@ def fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, 
         inside = valid[:, None] & (k < K)[None, :]
         codes = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0)
         if KIND == 0:
-            scales = tl.load(scale_ptr + rows, mask=valid, other=0.0) * _INT8_STEP
+            scales = tl.load(scale_ptr + rows, mask=valid, other=0.0) * INT8_STEP
         else:
             scales = valid.to(tl.float32)
         return codes, scales

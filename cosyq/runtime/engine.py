@@ -51,6 +51,11 @@ class Chunk:
     final: bool
     steps: int
 
+    @property
+    def ids(self) -> Tensor:
+        """The prompt's ids and the utterance's, [n] int64 on the host."""
+        return torch.cat([self.voice.prompt_tokens.long(), torch.tensor(self.tokens, dtype=torch.int64)])
+
 
 class Engine(Protocol):
     """What a synthesizer needs of an engine. Everything in and out is on the host.
@@ -151,7 +156,6 @@ class TorchEngine:
         forward = TorchForward(self.llm, rows=rows, capacity=positions + room)
         return BatchDecoder(forward, self.config.sampling, longest=room)
 
-    @torch.inference_mode()
     def mel(
         self,
         tokens: list[int],
@@ -162,25 +166,24 @@ class TorchEngine:
         steps: int,
         between: Callable[[], None] = nothing,
     ) -> Tensor:
-        ids = torch.cat([voice.prompt_tokens.long(), torch.tensor(tokens, dtype=torch.int64)]).to(self.device)
-        mel = self.flow(
-            ids,
-            voice.speaker.to(self.device),
-            voice.prompt_mel.to(self.device),
-            self._noise,
-            streaming=streaming,
-            final=final,
-            steps=steps,
-            between=between,
-        )
-        if not torch.isfinite(mel).all():
-            raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
-        return mel
+        return self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0]
 
+    @torch.inference_mode()
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         return [
-            self.mel(c.tokens, c.voice, streaming=c.streaming, final=c.final, steps=c.steps, between=between)
-            for c in chunks
+            finite(
+                self.flow(
+                    chunk.ids.to(self.device),
+                    chunk.voice.speaker.to(self.device),
+                    chunk.voice.prompt_mel.to(self.device),
+                    self._noise,
+                    streaming=chunk.streaming,
+                    final=chunk.final,
+                    steps=chunk.steps,
+                    between=between,
+                )
+            )
+            for chunk in chunks
         ]
 
     @torch.inference_mode()
@@ -194,6 +197,17 @@ class TorchEngine:
         if not torch.isfinite(wav).all():
             raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
         return wav
+
+
+def finite(mel: Tensor) -> Tensor:
+    """The mel, if it is.
+
+    Raises:
+        DeviceError: it is not.
+    """
+    if not torch.isfinite(mel).all():
+        raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
+    return mel
 
 
 def pick_device(name: str) -> torch.device:

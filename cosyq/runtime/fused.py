@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from cosyq.artifact.reader import Artifact
-from cosyq.errors import DeviceError
 from cosyq.model.flow import nothing
 from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
-from cosyq.runtime.engine import Chunk, TorchEngine
+from cosyq.runtime.engine import Chunk, TorchEngine, finite
 from cosyq.runtime.fused_flow import FusedFlow, Utterance
 from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
 from cosyq.runtime.fused_vocoder import FusedVocoder
-from cosyq.voices.voice import Voice
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
 # cuBLAS takes 32 MiB for every stream on Hopper; a quarter of it does for products of this size.
@@ -53,23 +51,11 @@ class FusedEngine(TorchEngine):
         forward = FusedForward(self._lm, rows=rows, capacity=positions + room)
         return FusedDecoder(forward, self.config.sampling, longest=room, burst=BURST)
 
-    def mel(
-        self,
-        tokens: list[int],
-        voice: Voice,
-        *,
-        streaming: bool,
-        final: bool,
-        steps: int,
-        between: Callable[[], None] = nothing,
-    ) -> Tensor:
-        return self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0]
-
     @torch.inference_mode()
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         utterances = [
             Utterance(
-                torch.cat([c.voice.prompt_tokens.long(), torch.tensor(c.tokens, dtype=torch.int64)]).to(self.device),
+                c.ids.to(self.device),
                 c.voice.speaker.to(self.device),
                 c.voice.prompt_mel.to(self.device),
                 c.streaming,
@@ -78,6 +64,4 @@ class FusedEngine(TorchEngine):
             for c in chunks
         ]
         mels = self._solver.solve(utterances, self._noise, steps=chunks[0].steps, between=between)
-        if not all(torch.isfinite(mel).all() for mel in mels):
-            raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
-        return mels
+        return [finite(mel) for mel in mels]
