@@ -30,10 +30,13 @@ LEVELS = {
     "export": 4,
     "runtime": 4,
     "random_model": 4,
+    "lossless": 5,
+    "sequences": 5,
+    "eval": 6,
     "publish": 5,
     "doctor": 5,
     "server": 5,
-    "cli": 6,
+    "cli": 8,
 }
 
 

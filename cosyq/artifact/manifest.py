@@ -77,6 +77,11 @@ class Manifest:
         """Whether the language model ends after a sentence whatever follows: cosyq-mini learnt of single ones."""
         return self.bundled == "mini"
 
+    @property
+    def digest(self) -> str:
+        """sha256 of all of it, which `to_json` ends in: artifacts with the same one hold the same bytes."""
+        return json.loads(self.to_json())["digest"]
+
     def to_json(self) -> str:
         """Canonical text, ending in a digest of itself."""
         body = {

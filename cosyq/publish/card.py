@@ -147,7 +147,7 @@ def _provenance(manifest: Manifest, origin: Origin | None, repo: str) -> str:
             f"{fence}json\n{recipe}\n{fence}",
             "## Hashes",
             f"`cosyq verify hf://{repo}` compares every file with them; the manifest's own digest is "
-            f"`{json.loads(manifest.to_json())['digest']}`.",
+            f"`{manifest.digest}`.",
             _table(("file", "bytes", "sha256"), files),
         ]
     )

@@ -1,0 +1,133 @@
+"""Utterances that a full-precision model spoke, made once: what quantization is measured and calibrated on.
+
+They need no data from outside, and a model judged on what it says itself is judged where it will be used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cosyq.errors import ArtifactError, UsageError
+from cosyq.files import whole_file
+from cosyq.runtime.decode import Part
+from cosyq.runtime.request import Manner, Requests
+from cosyq.runtime.synthesizer import Synthesizer
+from cosyq.voices.voice import Voice
+
+MAX_BYTES = 64 << 20
+Progress = Callable[[str, int, int], None]  # what is being done, done, in all
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One utterance: what was said, by whom (the name of a voice), with which seed, and the speech ids drawn.
+
+    finish: "stop", or "length" where it ran to its bound and has no true end.
+    """
+
+    text: str
+    voice: str
+    seed: int
+    tokens: tuple[int, ...]
+    finish: str
+
+
+@dataclass(frozen=True)
+class Heard:
+    """An utterance with all that the networks are shown of it."""
+
+    spoken: Spoken
+    manner: Manner
+    part: Part
+
+    @property
+    def voice(self) -> Voice:
+        return self.manner.voice
+
+
+def speak(
+    reference: Synthesizer, texts: Sequence[str], voices: Sequence[Voice], *, seed: int, progress: Progress
+) -> list[Spoken]:
+    """Draw the speech ids of `texts`, the voices taking turns; a text of several utterances gives several.
+
+    Raises:
+        UsageError: a text is empty, too long or brings a marker.
+    """
+    found: list[Spoken] = []
+    for index, text in enumerate(texts):
+        progress("speaking", index, len(texts))
+        voice = voices[index % len(voices)]
+        manner = reference.requests.manner({"voice": voice, "seed": seed + index})
+        for number, utterance in enumerate(reference.requests.utterances(text, manner)):
+            part = utterance.part
+            drawn = reference.engine.speech_tokens(
+                [part], positions=part.positions, room=part.maximum, generator=manner.generator(number)
+            )
+            tokens, finish = _drain(drawn)
+            found.append(Spoken(utterance.said, voice.name, seed + index, tokens, finish))
+    return found
+
+
+def _drain(drawn: Any) -> tuple[tuple[int, ...], str]:
+    tokens: list[int] = []
+    while True:
+        try:
+            tokens.append(next(drawn))
+        except StopIteration as end:
+            return tuple(tokens), end.value
+
+
+def shown(requests: Requests, spoken: Iterable[Spoken], voices: Sequence[Voice]) -> list[Heard]:
+    """What the networks are shown of each utterance, for an artifact with the same tokenizer and dimensions.
+
+    Raises:
+        UsageError: a voice is not among `voices`, or its text is not one utterance there.
+    """
+    by_name = {voice.name: voice for voice in voices}
+    heard = []
+    for item in spoken:
+        if item.voice not in by_name:
+            raise UsageError("the artifact lacks a voice that the reference spoke with", where=item.voice)
+        manner = requests.manner({"voice": by_name[item.voice], "seed": item.seed, "normalize": False})
+        utterances = requests.utterances(item.text, manner)  # numbers and symbols are words in it already
+        if len(utterances) != 1:
+            raise UsageError("one utterance of the reference is several here", where=f"{item.text:.40}")
+        heard.append(Heard(item, manner, utterances[0].part))
+    return heard
+
+
+def write_spoken(path: Path, origin: str, spoken: Sequence[Spoken]) -> None:
+    """Keep utterances, with a word on what spoke them, which `read_spoken` asks for again."""
+    body = {"origin": origin, "spoken": [asdict(item) for item in spoken]}
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(body, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_spoken(path: Path, origin: str) -> list[Spoken]:
+    """The utterances that were kept.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or of another origin.
+    """
+    remedy = "remove it, and they are spoken again"
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        data = json.loads(path.read_text("utf-8"))
+        if data["origin"] != origin:
+            raise ArtifactError("holds what another model or another list of texts said", where=path, remedy=remedy)
+        return [_spoken(item) for item in data["spoken"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"not kept utterances ({error})", where=path, remedy=remedy) from None
+
+
+def _spoken(item: dict[str, Any]) -> Spoken:
+    text, voice, seed, tokens, finish = (item[key] for key in ("text", "voice", "seed", "tokens", "finish"))
+    sound = isinstance(text, str) and isinstance(voice, str) and isinstance(seed, int) and finish in ("stop", "length")
+    if not sound or not all(isinstance(token, int) and 0 <= token < 1 << 20 for token in tokens):
+        raise ValueError(f"not an utterance: {item!r:.80}")
+    return Spoken(text, voice, seed, tuple(tokens), finish)
