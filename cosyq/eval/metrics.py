@@ -1,7 +1,7 @@
 """All metrics there are, in the order of a report.
 
-The first ones are without chance: both sides are given the reference's own speech ids, noise and mel, so that an artifact
-against itself gives exact zeros. The spoken ones draw ids, the same uniform numbers on both sides.
+The first ones are without chance: both sides are given the reference's own speech ids, noise and mel, so that an
+artifact against itself gives exact zeros. The spoken ones draw ids, the same uniform numbers on both sides.
 """
 
 from __future__ import annotations
