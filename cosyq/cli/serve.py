@@ -56,7 +56,7 @@ def serve(
         typer.Option(envvar="COSYQ_SOURCE", help="The encoders' DIR or REPO@REV, to add voices over HTTP."),
     ] = None,
     engine: Annotated[
-        Literal["auto", "fused", "reference", "unpacked", "bnb"],
+        Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"],
         typer.Option(envvar="COSYQ_ENGINE", help="What multiplies."),
     ] = "auto",
     device: Annotated[str, typer.Option(envvar="COSYQ_DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",

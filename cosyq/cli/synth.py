@@ -44,8 +44,8 @@ def synth(
     source: Source = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
     engine: Annotated[
-        Literal["auto", "fused", "reference", "unpacked", "bnb"],
-        typer.Option(help="What multiplies; unpacked takes memory."),
+        Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"],
+        typer.Option(help="What multiplies; reference and unpacked are to compare with."),
     ] = "auto",
     device: Device = "auto",
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of matrix products.")] = "auto",

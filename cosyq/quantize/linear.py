@@ -2,7 +2,8 @@
 
 `DequantLinear` unpacks on the fly and multiplies in the activations' dtype: weight-only, any device, the
 oracle. `Int8Linear` and `FourBitLinear` hand the same bytes to bitsandbytes' own multiply, for comparison;
-only they import it. `DequantLinear.unpacked` trades memory for speed: the weight unpacked once.
+only they import it. `DequantLinear.unpacked` trades memory for speed: the weight unpacked once. `RowsLinear` hands
+rows of int8 to torch's own kernel for a CPU.
 
 The packed tensors are kept in a plain dict and not as parameters or buffers: no `.to(dtype)` can reach
 the scales, which must stay float32.
@@ -10,6 +11,7 @@ the scales, which must stay float32.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from cosyq.quantize.backend import bitsandbytes
 from cosyq.quantize.formats import (
+    INT8_STEP,
     Format,
     block_scales,
     decode_offset,
@@ -26,8 +29,10 @@ from cosyq.quantize.formats import (
     state_key,
 )
 
-Matmul = Literal["dequantize", "unpacked", "bitsandbytes"]
+Matmul = Literal["dequantize", "unpacked", "native", "bitsandbytes"]
 OUTLIER_THRESHOLD = 6.0  # LLM.int8()'s published default
+FEW = 8  # rows of inputs up to which torch's int8 kernel beats a product in bfloat16
+KERNEL_WIDTH = 32  # that kernel reads past the end of rows that are no multiple of 16
 
 
 class PackedLinear(nn.Module):
@@ -67,6 +72,39 @@ class DequantLinear(PackedLinear):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias, requires_grad=False)
         return linear
+
+
+class RowsLinear(PackedLinear):
+    """torch's weight-only product for rows of int8 on a CPU: a token's step reads a byte a weight.
+
+    Inputs and sums are rounded to bfloat16, scales are not; a row of inputs gives the same whatever is beside it, up to
+    `FEW` of them.
+    """
+
+    def __init__(self, fmt: Format, shape: tuple[int, int], tensors: dict[str, Tensor], bias: Tensor | None):
+        super().__init__(fmt, shape, tensors, bias)
+        self._ones = torch.ones(shape[0], dtype=torch.bfloat16)
+        self._scales = tensors["SCB"] * INT8_STEP
+        self._bias = None if bias is None else bias.float()
+
+    @staticmethod
+    def fits(fmt: Format, width: int, device: torch.device) -> bool:
+        return fmt.name == "int8" and width % KERNEL_WIDTH == 0 and device.type == "cpu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, codes = x.reshape(-1, self.shape[1]).bfloat16(), self.packed["weight"]
+        if len(rows) <= FEW or not multiplies_bfloat16():
+            sums = torch._weight_int8pack_mm(rows, codes, self._ones)
+        else:
+            sums = F.linear(rows, codes.bfloat16())
+        out = sums * self._scales if self._bias is None else torch.addcmul(self._bias, sums, self._scales)
+        return out.to(x.dtype).view(*x.shape[:-1], self.shape[0])
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for products of bfloat16; without them float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Int8Linear(PackedLinear):
@@ -122,6 +160,8 @@ def packed_linear(
     dtype: torch.dtype,
 ) -> nn.Module:
     """The module that multiplies inputs in `dtype` by `tensors` (as in `formats.stored_tensors`) in the chosen way."""
+    if matmul == "native" and RowsLinear.fits(fmt, shape[1], tensors["weight"].device):
+        return RowsLinear(fmt, shape, tensors, bias)
     if matmul != "bitsandbytes":
         layer = DequantLinear(fmt, shape, tensors, bias)
         return layer if matmul == "dequantize" else layer.unpacked(dtype)

@@ -1,9 +1,9 @@
 """An engine: the three networks on a device, behind the calls that synthesis makes.
 
-`fused` has kernels of our own for CUDA GPUs and is in `runtime.fused`. `reference` runs plain torch on any device and
-unpacks weights on the fly: slow, and what faster engines are tested against. `unpacked` is the same with the weights
-unpacked at load, to the same bits, in the memory that a model without quantization needs. `bnb` has bitsandbytes' own
-products, for comparison.
+`fused` has kernels of our own for CUDA GPUs and is in `runtime.fused`; `cpu` multiplies by rows of int8 as they are
+stored and is in `runtime.cpu`. `reference` runs plain torch on any device and unpacks weights on the fly: slow, and
+what faster engines are tested against. `unpacked` is the same with the weights unpacked at load, to the same bits, in
+the memory that a model without quantization needs. `bnb` has bitsandbytes' own products, for comparison.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from cosyq.model.config import ModelConfig
 from cosyq.model.flow import Flow, nothing, start_noise
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
-from cosyq.quantize.linear import Matmul, weight_bytes
+from cosyq.quantize.linear import Matmul, multiplies_bfloat16, weight_bytes
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.decode import Part, Sampler, follow
 from cosyq.runtime.forward import TorchForward
 from cosyq.runtime.sampling import draws, sample
 from cosyq.voices.voice import Voice
 
-EngineName = Literal["fused", "reference", "unpacked", "bnb"]
-EngineChoice = Literal["auto", "fused", "reference", "unpacked", "bnb"]
-# `fused` begins as the reference and takes it apart.
-MATMULS: dict[EngineName, Matmul] = {
-    "fused": "dequantize",
-    "reference": "dequantize",
-    "unpacked": "unpacked",
-    "bnb": "bitsandbytes",
+EngineName = Literal["fused", "cpu", "reference", "unpacked", "bnb"]
+EngineChoice = Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"]
+# How the language model multiplies, and the other stages. `fused` begins as the reference and takes it apart.
+MATMULS: dict[EngineName, tuple[Matmul, Matmul]] = {
+    "fused": ("dequantize", "dequantize"),
+    "cpu": ("native", "unpacked"),
+    "reference": ("dequantize", "dequantize"),
+    "unpacked": ("unpacked", "unpacked"),
+    "bnb": ("bitsandbytes", "bitsandbytes"),
 }
 VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with the utterance
 
@@ -108,7 +109,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """The engines `reference`, `unpacked` and `bnb`.
+    """The engines `reference`, `unpacked` and `bnb`, and what the others begin as.
 
     Raises:
         DeviceError: the device is missing or too small.
@@ -117,12 +118,12 @@ class TorchEngine:
     flow_frames = 0
 
     def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
-        matmul = MATMULS[name]
+        stepping, matmul = MATMULS[name]
         self.name: str = name
         self.device, self.dtype = device, dtype
         self.config = artifact.manifest.model
         self._text_rows: Callable[[list[int]], Tensor] = text_rows(artifact)
-        self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
+        self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=stepping)  # type: ignore[assignment]
         self.flow: Flow = load_stage(artifact, "flow", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
         self.vocoder: Vocoder = load_stage(artifact, "vocoder", device=device, dtype=torch.float32, matmul=matmul)  # type: ignore[assignment]
         stages = {"llm": self.llm, "flow": self.flow, "vocoder": self.vocoder}
@@ -234,14 +235,15 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_engine(name: EngineChoice, device: torch.device) -> EngineName:
-    """auto is `unpacked` on a CPU, where unpacking at every step takes most of the time, and on a GPU `fused` where it
-    runs, `reference` elsewhere.
+    """auto is `cpu` on a CPU, and on a GPU `fused` where it runs, `reference` elsewhere.
 
     Raises:
-        DeviceError: `fused` was asked for and does not run there.
+        DeviceError: the engine does not run there.
     """
     if name == "auto":
-        return "unpacked" if device.type == "cpu" else "reference" if _obstacle(device) else "fused"
+        return "cpu" if device.type == "cpu" else "reference" if _obstacle(device) else "fused"
+    if name == "cpu" and device.type != "cpu":
+        raise DeviceError("the engine cpu runs on a CPU", where=str(device), remedy="use --engine auto")
     if name == "fused" and (obstacle := _obstacle(device)):
         raise DeviceError(f"the engine fused needs {obstacle}", where=str(device), remedy="use --engine auto")
     return name
@@ -257,7 +259,8 @@ def _obstacle(device: torch.device) -> str | None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto, bf16, fp16 or fp32; auto is bf16 on a GPU, and fp32 on a CPU, where 16 bits are slower."""
+    """auto, bf16, fp16 or fp32; auto is bf16 on a GPU and on a CPU with units for it, and fp32 on others, where 16 bits
+    are slower."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]

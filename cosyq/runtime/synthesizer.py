@@ -22,6 +22,7 @@ from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.errors import UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.clock import SILENCE, Audio, Clock
+from cosyq.runtime.cpu import CpuEngine
 from cosyq.runtime.decode import Silence
 from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.interleave import Frame
@@ -173,7 +174,7 @@ def load(
         artifact: a folder, or an artifact that was opened already.
         device: auto, cpu, cuda or cuda:N.
         dtype: what matrix products are computed in: auto, bf16, fp16 or fp32.
-        engine: auto, `fused`, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
+        engine: auto, `fused`, `cpu`, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
 
     Raises:
         ArtifactError: it is missing, damaged or too new.
@@ -187,4 +188,5 @@ def load(
         from cosyq.runtime.fused import FusedEngine  # Triton is not everywhere
 
         return Synthesizer(opened, FusedEngine(opened, place, arithmetic), time.perf_counter() - started)
-    return Synthesizer(opened, TorchEngine(opened, name, place, arithmetic), time.perf_counter() - started)
+    kind = CpuEngine if name == "cpu" else TorchEngine
+    return Synthesizer(opened, kind(opened, name, place, arithmetic), time.perf_counter() - started)

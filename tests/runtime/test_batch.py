@@ -19,7 +19,7 @@ LONGEST, CAPACITY = 40, 128
 
 @pytest.fixture(scope="module")
 def engine(artifact_of):
-    return cosyq.load(artifact_of("int8"), device="cpu").engine
+    return cosyq.load(artifact_of("int8"), device="cpu", dtype="fp32", engine="unpacked").engine
 
 
 def prompts(engine, count: int) -> list[torch.Tensor]:
