@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import cosyq
-from cosyq.artifact.manifest import TOKENIZER_FILE
+from cosyq.artifact.manifest import STAGE_FILES, TOKENIZER_FILE
 from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.eval.evaluation import Compared, Evaluation
@@ -74,6 +74,7 @@ def evaluate(
         modules=tuple((m.name, str(m.format), m.bytes, m.rms_error) for m in manifest.modules),
         exact=exact,
         spoken=more,
+        files={name: manifest.files[name].sha256 for name in STAGE_FILES.values()},
     )
 
 
@@ -166,11 +167,15 @@ def _unwritable(folder: Path, why: str) -> ArtifactError:
 
 
 def _about(heard: Sequence[Heard], voices: Sequence[Voice], seed: int, arithmetic: Arithmetic) -> str:
-    steps = sum(len(item.spoken.tokens) for item in heard)
-    device = arithmetic.device
+    ids, device = sum(len(item.spoken.tokens) for item in heard), arithmetic.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{len(heard)} utterances of {steps} speech ids that the reference spoke (seed {seed}, "
-        f"{len(voices)} voices); {str(arithmetic.dtype).removeprefix('torch.')} on {place}, cosyq {cosyq.__version__}, "
-        f"torch {torch.__version__}, {datetime.date.today().isoformat()}. Intervals: 95 %, utterances redrawn."
+        f"{_counted(len(heard), 'utterance')} of {ids} speech ids that the reference spoke (seed {seed}, "
+        f"{_counted(len(voices), 'voice')}); {str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
+        f"cosyq {cosyq.__version__}, torch {torch.__version__}, {datetime.date.today().isoformat()}. "
+        "Intervals: 95 %, utterances redrawn."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
