@@ -41,15 +41,21 @@ Samples = NDArray[np.float32]  # [n] in -1..1
 
 
 class Recognizer(Protocol):
-    """name: what it is, its version and its model, for a report."""
+    @property
+    def name(self) -> str:
+        """What it is, its version and its model, for a report."""
+        ...
 
-    name: str
+    @property
+    def languages(self) -> tuple[str, ...] | None:
+        """The ones it knows; None of many."""
+        ...
 
     def __call__(self, samples: Samples, rate: int, language: str | None) -> str:
         """What is said in [n] samples; `language` is its code (en, zh), None where it is not known.
 
         Raises:
-            UsageError: it does not know the language, or came to an end.
+            UsageError: it came to an end.
         """
         ...
 
@@ -78,13 +84,13 @@ def recognizer(spec: str, device: str = "cpu") -> Recognizer:
 class PocketSphinx:
     """CMU Sphinx with the English model that its package brings."""
 
+    languages = ("en",)
+
     def __init__(self) -> None:
         self._decoder = _package("pocketsphinx").Decoder(samprate=RATE, loglevel="FATAL")
         self.name = f"pocketsphinx {metadata.version('pocketsphinx')}"
 
     def __call__(self, samples: Samples, rate: int, language: str | None) -> str:
-        if language not in ("en", None):
-            raise UsageError("pocketsphinx knows English alone", where=language, remedy="name another recognizer")
         low = _low(samples, rate)
         if not len(low):
             return ""
@@ -113,6 +119,7 @@ class Whisper:
             )
         except (RuntimeError, ValueError) as error:  # CTranslate2's for a file that it cannot read
             raise CheckpointError(f"faster-whisper cannot use it ({error})", where=place) from None
+        self.languages = None if self._model.model.is_multilingual else ("en",)
         self.name = f"faster-whisper {metadata.version('faster-whisper')}, {place.name}, {arithmetic}"
 
     def __call__(self, samples: Samples, rate: int, language: str | None) -> str:
@@ -122,7 +129,7 @@ class Whisper:
         prompt = MANDARIN if language == "zh" else None
         segments, _ = self._model.transcribe(
             low,
-            language=language if self._model.model.is_multilingual else None,
+            language=language,
             beam_size=5,
             temperature=0.0,
             condition_on_previous_text=False,
@@ -137,6 +144,8 @@ class Transformers:
 
     Weights are read from safetensors alone, and no code of the folder's is run.
     """
+
+    languages = None
 
     def __init__(self, folder: str, device: str):
         library = _package("transformers")
@@ -175,6 +184,8 @@ class Command:
     For each utterance it is given a line on its standard input, the language's code (or nothing), a tab and the path
     of a WAV file, 16 kHz mono; it answers with one line, the transcript in UTF-8. Its standard error is the terminal's.
     """
+
+    languages = None
 
     def __init__(self, line: str, device: str):
         words = shlex.split(line)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cosyq.text.engine import simplified
-from cosyq.text.normalize import language_of, normalize
+from cosyq.text.normalize import normalize
 from cosyq.text.spans import TAG
 
 _TAG = re.compile(TAG)  # sounds such as [laughter]: a recognizer writes none
@@ -37,7 +37,7 @@ class Scoring:
     alike: every utterance counts the same, whatever its length; else every unit does.
     """
 
-    units: Callable[[str, str], list[str]]
+    units: Callable[[str, str | None], list[str]]
     alike: bool = False
 
 
@@ -61,7 +61,7 @@ class Score:
         return self.missing >= min(LEAST_MISSING, self.units) > 0 and self.errors - self.missing <= most
 
 
-def units(text: str, language: str) -> list[str]:
+def units(text: str, language: str | None) -> list[str]:
     """Words, and characters of scripts without spaces; `language` reads numbers where there is nothing else."""
     said = normalize(_TAG.sub(" ", unicodedata.normalize("NFKC", text)), usual="zh" if language == "zh" else "en")
     said = _DOTTED.sub(lambda match: match[0].replace(".", ""), _APOSTROPHES.sub("", said.casefold()))
@@ -77,9 +77,8 @@ def in_simplified(text: str) -> str:
 BY_WORDS = Scoring(units)
 
 
-def score(text: str, understood: str, scoring: Scoring = BY_WORDS) -> Score:
-    """Compare what was to be said with what a recognizer wrote."""
-    language = language_of(text)
+def score(text: str, understood: str, language: str | None, scoring: Scoring = BY_WORDS) -> Score:
+    """Compare what was to be said with what a recognizer wrote; `language` is the text's."""
     wanted = scoring.units(text, language)
     errors, missing = align(scoring.units(understood, language), wanted)
     return Score(len(wanted), errors, missing)

@@ -103,7 +103,7 @@ class Prompts:
     def __init__(self, lines: Sequence[Line], encoders: Encoders, config: FlowConfig, progress: Progress):
         self._lines, self._encoders, self._config = lines, encoders, config
         for index, line in enumerate(lines):
-            progress("reading prompts", index, len(lines))
+            progress(line.utterance, index, len(lines))
             check_take(line.utterance, read_recording(line.prompt), line.transcript)
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class Prompts:
         return enrol(line.utterance, read_recording(line.prompt), line.transcript, self._encoders, self._config)
 
 
-def units(text: str, language: str) -> list[str]:
+def units(text: str, language: str | None) -> list[str]:
     """As the published scoring has them."""
     kept = "".join(c for c in text if not _dropped(c))
     if language == "zh":

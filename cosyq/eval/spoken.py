@@ -6,18 +6,19 @@ have chance in them, and the exact ones say more at fewer utterances. What only 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cosyq.errors import UsageError
 from cosyq.eval import metrics
 from cosyq.eval.evaluation import Compared, Rendition
-from cosyq.eval.likeness import Vector, direction, distance
+from cosyq.eval.likeness import Likeness, Vector, direction, distance
 from cosyq.eval.metric import Metric, Series
+from cosyq.eval.opinion import Opinion
 from cosyq.eval.recognizers import Recognizer
 from cosyq.eval.scoring import BY_WORDS, Scoring, score
 from cosyq.eval.signal import clicks, pauses
@@ -26,7 +27,8 @@ from cosyq.sequences import Progress
 from cosyq.text.normalize import language_of
 from cosyq.voices.voice import Voice
 
-SOUNDS = 24  # utterances whose samples are kept, the worst: a long list's would fill the memory
+HELD = 256  # utterances whose samples are kept while the other side speaks, the first: a list has thousands
+SOUNDS = 24  # of them that are kept for good, the worst
 
 Samples = NDArray[np.float32]
 
@@ -43,17 +45,42 @@ class Judges:
     """Who listens; None where there is nobody, and what only they could say is left out.
 
     recognizer: writes down what it hears.
-    opinion: samples [n] and their rate -> predicted mean opinion score, None of too few samples.
-    likeness: the same -> direction of the speaker vector.
+    opinion: predicts what listeners would think of it.
+    likeness: knows the speaker.
     language: of all texts, a code of two letters; None is en or zh, by a text's letters, and unknown otherwise.
     scoring: how errors are counted.
     """
 
     recognizer: Recognizer | None = None
-    opinion: Callable[[Samples, int], float | None] | None = None
-    likeness: Callable[[Samples, int], Vector | None] | None = None
+    opinion: Opinion | None = None
+    likeness: Likeness | None = None
     language: str | None = None
     scoring: Scoring = BY_WORDS
+
+    def language_of(self, text: str) -> str | None:
+        if self.language is not None:
+            return self.language
+        found = language_of(text)
+        return found if found in ("en", "zh") else None
+
+    def check(self, texts: Iterable[str]) -> None:
+        """Before minutes go into speech that the recognizer could not judge.
+
+        Raises:
+            UsageError: it does not know the language of a text.
+        """
+        known = self.recognizer.languages if self.recognizer is not None else None
+        for text in texts:
+            if known is not None and (language := self.language_of(text)) not in (*known, None):
+                remedy = "name another recognizer, or texts of that language alone"
+                where = f"{self.recognizer.name}: {text:.40}" if self.recognizer is not None else text
+                raise UsageError(f"knows {', '.join(known)} and not {language}", where=where, remedy=remedy)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Who they are, for a report."""
+        seats = {"recognizer": self.recognizer, "opinion": self.opinion, "likeness": self.likeness}
+        return {seat: judge.name for seat, judge in seats.items() if judge is not None}
 
 
 @dataclass(frozen=True)
@@ -72,7 +99,8 @@ class Judged:
     speaker: direction of its speaker vector.
     """
 
-    samples: Samples
+    voice: str
+    samples: Samples | None
     finish: str
     marks: dict[str, Mark]
     understood: str | None = None
@@ -84,8 +112,8 @@ class Judged:
 
 
 def speak_both(
-    candidate: Synthesizer,
-    reference: Synthesizer,
+    artifact: Callable[[], Synthesizer],
+    reference: Callable[[], Synthesizer],
     texts: Sequence[str],
     voices: Voices,
     *,
@@ -95,31 +123,45 @@ def speak_both(
 ) -> tuple[list[Series], tuple[Compared, ...]]:
     """Say every text with both, the voices taking turns, text `i` from seed `seed + i`, and judge what is heard.
 
-    Series are in the order of `metrics.SPOKEN`; one that no utterance says anything of is left out. Samples are kept
-    of the worst `SOUNDS` utterances.
+    Series are in the order of `metrics.SPOKEN`; one that no utterance says anything of is left out.
+
+    Args:
+        artifact, reference: load a side; there is one in memory at a time.
 
     Raises:
         UsageError: a text or a voice is not usable, or the recognizer is not.
         DeviceError: the device ran out of memory or of finite numbers.
     """
-    sides: list[tuple[dict[str, Mark], dict[str, Mark]]] = []
-    compared: list[Compared] = []
+    judges.check(texts)
+    mine = _speak("artifact", artifact(), texts, voices, seed, judges, progress)
+    other = _speak("reference", reference(), texts, voices, seed, judges, progress)
+    compared = []
+    for index, (one, two) in enumerate(zip(mine, other, strict=True)):
+        if one.speaker is not None and two.speaker is not None:
+            one.marks[metrics.TIMBRE.key] = Mark(distance(one.speaker, two.speaker))
+        compared.append(Compared(texts[index], one.voice, seed + index, one.rendition(), two.rendition()))
+    found = (_series(metric, mine, other) for metric in metrics.SPOKEN)
+    return [series for series in found if series is not None], _quieter(compared)
+
+
+def _speak(
+    side: str,
+    synthesizer: Synthesizer,
+    texts: Sequence[str],
+    voices: Voices,
+    seed: int,
+    judges: Judges,
+    progress: Progress,
+) -> list[Judged]:
+    judged = []
     for index, text in enumerate(texts):
+        progress(f"{side} speaks, judges listen", index, len(texts))
         voice = voices[index % len(voices)]
-        heard = []
-        for side, speaker in (("artifact", candidate), ("reference", reference)):
-            progress(f"{side} says, judges listen", index, len(texts))
-            audio = speaker.synthesize(text, voice=voice, seed=seed + index)
-            heard.append(hear(text, audio.samples, audio.sample_rate, audio.timings.finish, voice, judges))
-        mine, other = heard
-        if mine.speaker is not None and other.speaker is not None:
-            mine.marks[metrics.TIMBRE.key] = Mark(distance(mine.speaker, other.speaker))
-        sides.append((mine.marks, other.marks))
-        compared.append(Compared(text, voice.name, seed + index, mine.rendition(), other.rendition()))
-        compared = _quieter(compared)
-    progress("artifact says, judges listen", len(texts), len(texts))
-    found = (_series(metric, sides) for metric in metrics.SPOKEN)
-    return [series for series in found if series is not None], tuple(compared)
+        audio = synthesizer.synthesize(text, voice=voice, seed=seed + index)
+        heard = hear(text, audio.samples, audio.sample_rate, audio.timings.finish, voice, judges)
+        judged.append(heard if index < HELD else replace(heard, samples=None))
+    progress(f"{side} speaks, judges listen", len(texts), len(texts))
+    return judged
 
 
 def hear(text: str, samples: Samples, rate: int, finish: str, voice: Voice | None, judges: Judges) -> Judged:
@@ -137,13 +179,12 @@ def hear(text: str, samples: Samples, rate: int, finish: str, voice: Voice | Non
     }
     understood = speaker = None
     if judges.recognizer is not None:
-        language = judges.language or language_of(text)
-        understood = judges.recognizer(samples, rate, language if language not in ("", "other") else None)
-        found = score(text, understood, judges.scoring)
+        language = judges.language_of(text)
+        understood = judges.recognizer(samples, rate, language)
+        found = score(text, understood, language, judges.scoring)
         if found.units:
-            rate_of_errors = Mark(100.0 * found.errors, found.units)
-            alike = Mark(100.0 * found.errors / found.units)
-            marks[metrics.ERRORS.key] = alike if judges.scoring.alike else rate_of_errors
+            weight = 1 if judges.scoring.alike else found.units
+            marks[metrics.ERRORS.key] = Mark(100 * found.errors / found.units * weight, weight)
             marks[metrics.TRUNCATED.key] = Mark(100.0 * found.truncated)
     if judges.opinion is not None and (opinion := judges.opinion(samples, rate)) is not None:
         marks[metrics.MOS.key] = Mark(opinion)
@@ -152,39 +193,40 @@ def hear(text: str, samples: Samples, rate: int, finish: str, voice: Voice | Non
         own = direction(voice.speaker.numpy()) if voice is not None else None
         if speaker is not None and own is not None:
             marks[metrics.SIMILARITY.key] = Mark(float(speaker @ own))
-    return Judged(samples, finish, marks, understood, speaker)
+    return Judged(voice.name if voice is not None else "", samples, finish, marks, understood, speaker)
 
 
-def _series(metric: Metric, sides: Sequence[tuple[dict[str, Mark], dict[str, Mark]]]) -> Series | None:
+def _series(metric: Metric, artifact: Sequence[Judged], reference: Sequence[Judged]) -> Series | None:
     """Over the utterances that tell of it on both sides, or on the artifact's of a distance."""
-    alone = metric is metrics.TIMBRE
-    told = [pair for pair in sides if all(metric.key in marks for marks in pair[: 1 if alone else 2])]
+    sides = [artifact] if metric is metrics.TIMBRE else [artifact, reference]
+    told = [pair for pair in zip(*sides, strict=True) if all(metric.key in judged.marks for judged in pair)]
     columns = [
-        np.array([getattr(pair[side][metric.key], field) for pair in told], np.float64)
-        for side in range(1 if alone else 2)
+        np.array([getattr(pair[side].marks[metric.key], field) for pair in told], np.float64)
+        for side in range(len(sides))
         for field in ("total", "weight")
     ]
-    if not told or any(weights.sum() <= 0 for weights in columns[1::2]):
+    if any(weights.sum() <= 0 for weights in columns[1::2]):
         return None
     return Series(metric, *columns)
 
 
-def _quieter(compared: list[Compared]) -> list[Compared]:
-    """All of them, samples in the worst `SOUNDS` alone."""
+def _quieter(compared: list[Compared]) -> tuple[Compared, ...]:
+    """All of them, with samples of the worst that have any."""
     sounding = [item for item in compared if item.artifact.samples is not None]
-    if len(sounding) <= SOUNDS:
-        return compared
-    least = min(sounding, key=worse_by)
-    silent = [replace(side, samples=None) for side in (least.artifact, least.reference)]
-    return [replace(least, artifact=silent[0], reference=silent[1]) if item is least else item for item in compared]
+    loud = set(map(id, sorted(sounding, key=worse_by, reverse=True)[:SOUNDS]))
+    return tuple(item if id(item) in loud else _silent(item) for item in compared)
+
+
+def _silent(item: Compared) -> Compared:
+    artifact, reference = (replace(side, samples=None) for side in (item.artifact, item.reference))
+    return replace(item, artifact=artifact, reference=reference)
 
 
 def worse_by(item: Compared) -> tuple[float, ...]:
-    """How much worse the artifact did: by errors, then by opinion, then by timbre, as far as there are any."""
+    """How much worse the artifact did: runaway, then by errors, by opinion and by timbre, as far as there are any."""
 
     def lost(metric: Metric) -> float:
         mine, other = (side.values.get(metric.key, 0.0) for side in (item.artifact, item.reference))
-        found = other - mine if metric.better == "higher" else mine - other
-        return found if math.isfinite(found) else math.inf
+        return other - mine if metric.better == "higher" else mine - other
 
     return tuple(map(lost, (metrics.RUNAWAY, metrics.ERRORS, metrics.MOS, metrics.TIMBRE)))
