@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from cosyq.eval.metric import Finding, Interval
     from cosyq.eval.opinion import Opinion
     from cosyq.eval.recognizers import Recognizer
-    from cosyq.eval.spoken import Voices
+    from cosyq.eval.seedtts import Line, Prompts
+
+OWN_ALOUD = 32  # of cosyq's own texts that both say, where no limit is given: it takes longer than all else
 
 
 def evaluate(
@@ -53,7 +55,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts, from all of the list.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 62) - 1, help="Of the utterances that are compared.")] = 0,
-    spoken: Annotated[bool, typer.Option("--spoken", help="Let both say the texts by themselves, too.")] = False,
+    spoken: Annotated[bool, typer.Option("--spoken", help="Let both say texts by themselves, too.")] = False,
     recognizer: Annotated[
         str | None,
         typer.Option(
@@ -86,40 +88,38 @@ def evaluate(
 
     from cosyq.artifact.reader import open_artifact
     from cosyq.eval import run
-    from cosyq.eval.seedtts import AS_PUBLISHED, Prompts, read_list
+    from cosyq.eval.scoring import BY_WORDS
+    from cosyq.eval.seedtts import AS_PUBLISHED, read_list
     from cosyq.eval.sentences import spread
-    from cosyq.eval.spoken import Judges
+    from cosyq.eval.spoken import Aloud, Judges
     from cosyq.eval.stages import Arithmetic
     from cosyq.runtime.engine import pick_device, pick_dtype
-    from cosyq.voices.enrol import Encoders
 
     opened, place = open_artifact(folder), pick_device(device)
     source = None if against is None or _is_artifact(against) else against  # of encoders
     lines = [] if test_list is None else read_list(test_list, limit)
-    own = None if given or lines else _own_texts(opened.manifest, language)
-    said = [line.text for line in lines] or spread(given or own or [], limit)
-    judges = None
+    own = given is None and not lines
+    said = [line.text for line in lines] or spread(given or _own_texts(opened.manifest, language), limit)
+    voices = run.artifact_voices(opened, len(said))
+    aloud = None
     if spoken or recognizer or mos or lines:
-        judges = Judges(*_listeners(opened, source, str(place), recognizer, mos), None if own else language)
-        judges = replace(judges, scoring=AS_PUBLISHED) if lines else judges
+        scoring = AS_PUBLISHED if lines else BY_WORDS
+        judges = Judges(*_listeners(opened, source, str(place), recognizer, mos), None if own else language, scoring)
         judges.check(said)
-    voices: Voices = run.artifact_voices(opened, len(said))
-    if lines:
-        with progress_bar("reading prompts", unit="items") as progress:
-            encoders = Encoders(encoders_folder(opened, source))
-            voices = Prompts(lines, encoders, opened.manifest.model.flow, progress)
+        aloud = Aloud(said, _prompts(opened, source, lines) if lines else voices, judges)
+        if own and limit is None:
+            aloud = replace(aloud, texts=spread(said, OWN_ALOUD))
     with _reference(opened.manifest, against, place) as reference, progress_bar("measuring", unit="items") as progress:
         found = run.evaluate(
             opened,
             reference,
-            said,
+            [] if lines else said,
             voices,
             seed=seed,
             arithmetic=Arithmetic(place, pick_dtype(dtype, place)),
             progress=progress,
             sequences=sequences,
-            exact=not lines,
-            judges=judges,
+            aloud=aloud,
         )
     if as_json:
         emit(_report(found) | {"peak_memory_bytes": peak_memory(place)})
@@ -144,8 +144,16 @@ def _own_texts(manifest: Manifest, language: str | None) -> list[str]:
 
     if language not in (*LANGUAGES, None):
         raise UsageError("cosyq has no texts in it", where=f"--language {language}", remedy="give yours with --texts")
-    names = ("en",) if manifest.bundled else LANGUAGES
-    return [text for name in names if language in (name, None) for text in sentences(name)]
+    names = (language,) if language else ("en",) if manifest.bundled else LANGUAGES
+    return [text for name in names for text in sentences(name)]
+
+
+def _prompts(opened: Artifact, source: str | None, lines: list[Line]) -> Prompts:
+    from cosyq.eval.seedtts import Prompts
+    from cosyq.voices.enrol import Encoders
+
+    with progress_bar("reading prompts", unit="items") as progress:
+        return Prompts(lines, Encoders(encoders_folder(opened, source)), opened.manifest.model.flow, progress)
 
 
 def _listeners(
