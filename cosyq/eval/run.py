@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import cosyq
-from cosyq.artifact.manifest import TOKENIZER_FILE
+from cosyq.artifact.manifest import STAGE_FILES, TOKENIZER_FILE
 from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.eval.evaluation import Compared, Evaluation
@@ -67,13 +67,13 @@ def evaluate(
             artifact, reference, texts, voices, seed=seed, arithmetic=arithmetic, file=sequences, progress=progress
         )
         series, shown_both = compare(artifact, reference, heard, arithmetic, progress)
-        steps = sum(len(item.spoken.tokens) for item in heard)
-        about.append(f"{len(heard)} utterances of {steps} speech ids that the reference spoke, {len(voices)} voices")
+        ids, spoke = sum(len(item.spoken.tokens) for item in heard), _counted(len(voices), "voice")
+        about.append(f"{_counted(len(heard), 'utterance')} of {ids} speech ids that the reference spoke, {spoke}")
     if aloud is not None:
         mine, other = (partial(_synthesizer, side, arithmetic) for side in (artifact, reference))
         found, said_both = speak_both(mine, other, aloud, seed=seed, progress=progress)
         series += found
-        about.append(f"{len(aloud.texts)} texts that both spoke, {len(aloud.voices)} voices")
+        about.append(f"{_counted(len(aloud.texts), 'text')} that both spoke, {_counted(len(aloud.voices), 'voice')}")
     manifest = artifact.manifest
     return Evaluation(
         artifact=manifest.name,
@@ -85,6 +85,7 @@ def evaluate(
         exact=shown_both,
         spoken=said_both,
         extra=aloud.judges.names if aloud is not None else {},
+        files={name: manifest.files[name].sha256 for name in STAGE_FILES.values()},
     )
 
 
@@ -188,3 +189,7 @@ def _about(what: str, seed: int, arithmetic: Arithmetic) -> str:
         f"cosyq {cosyq.__version__}, torch {torch.__version__}, {datetime.date.today().isoformat()}. "
         "Intervals: 95 %, utterances redrawn."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
