@@ -39,7 +39,7 @@ def measured(cli, *arguments):
 
 def test_against_the_checkpoint_it_was_made_from(cli, artifact_of, texts, kept, monkeypatch):
     report = measured(cli, artifact_of("nf4"), "--against", GOLDEN, "--texts", texts)
-    assert report.keys() == {"artifact", "against", "about", "findings", "peak_memory_bytes"}
+    assert report.keys() == {"artifact", "against", "about", "judges", "findings", "peak_memory_bytes"}
     assert (report["artifact"], report["against"]) == ("fun-cosyvoice3-0.5b-nf4", "fp32")
     assert re.match(r"2 utterances of \d+ speech ids .* \(seed 0, 1 voice\); float32 on cpu", report["about"])
     found = report["findings"]
