@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -122,7 +122,8 @@ def evaluate(
             aloud=aloud,
         )
     if as_json:
-        emit(_report(found) | {"peak_memory_bytes": peak_memory(place)})
+        size = sum(record.bytes for record in opened.manifest.files.values())
+        emit(_report(found) | {"bytes": size, "peak_memory_bytes": peak_memory(place)})
         return
     note(found.about)
     for seat, name in found.extra.items():
@@ -190,7 +191,9 @@ def _reference(manifest: Manifest, against: str | None, device: torch.device) ->
         yield open_artifact(choose_artifact(against))
         return
     recipe = recipe_against(manifest, _source(manifest, against))
-    with progress_bar("reading the checkpoint") as progress, lossless(recipe, device, progress) as reference:
+    with ExitStack() as stack:
+        with progress_bar("reading the checkpoint") as progress:
+            reference = stack.enter_context(lossless(recipe, device, progress))
         yield reference
 
 

@@ -67,18 +67,20 @@ def evaluate(
             artifact, reference, texts, voices, seed=seed, arithmetic=arithmetic, file=sequences, progress=progress
         )
         series, shown_both = compare(artifact, reference, heard, arithmetic, progress)
-        ids, spoke = sum(len(item.spoken.tokens) for item in heard), _counted(len(voices), "voice")
-        about.append(f"{_counted(len(heard), 'utterance')} of {ids} speech ids that the reference spoke, {spoke}")
+        ids, who = sum(len(item.spoken.tokens) for item in heard), _counted(len(voices), "voice")
+        said = f"{_counted(len(heard), 'utterance')} of {ids} speech ids that the reference spoke"
+        about.append(f"{said} (seed {seed}, {who})")
     if aloud is not None:
         mine, other = (partial(_synthesizer, side, arithmetic) for side in (artifact, reference))
         found, said_both = speak_both(mine, other, aloud, seed=seed, progress=progress)
         series += found
-        about.append(f"{_counted(len(aloud.texts), 'text')} that both spoke, {_counted(len(aloud.voices), 'voice')}")
+        who = _counted(len(aloud.voices), "voice")
+        about.append(f"{_counted(len(aloud.texts), 'text')} that both spoke (seed {seed}, {who})")
     manifest = artifact.manifest
     return Evaluation(
         artifact=manifest.name,
         against=reference.manifest.name,
-        about=_about("; ".join(about), seed, arithmetic),
+        about=_about(" and ".join(about), arithmetic),
         sample_rate=manifest.model.vocoder.sample_rate,
         findings=tuple(judge(item) for item in series),
         modules=tuple((m.name, str(m.format), m.bytes, m.rms_error) for m in manifest.modules),
@@ -181,11 +183,11 @@ def _unwritable(folder: Path, why: str) -> ArtifactError:
     )
 
 
-def _about(what: str, seed: int, arithmetic: Arithmetic) -> str:
+def _about(what: str, arithmetic: Arithmetic) -> str:
     device = arithmetic.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{what}; seed {seed}; {str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
+        f"{what}; {str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
         f"cosyq {cosyq.__version__}, torch {torch.__version__}, {datetime.date.today().isoformat()}. "
         "Intervals: 95 %, utterances redrawn."
     )
