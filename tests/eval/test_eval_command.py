@@ -40,7 +40,7 @@ def measured(cli, *arguments):
 
 def test_against_the_checkpoint_it_was_made_from(cli, artifact_of, texts, kept, monkeypatch):
     report = measured(cli, artifact_of("nf4"), "--against", GOLDEN, "--texts", texts)
-    assert report.keys() == {"artifact", "against", "about", "findings", "bytes", "peak_memory_bytes"}
+    assert report.keys() == {"artifact", "against", "about", "judges", "findings", "bytes", "peak_memory_bytes"}
     assert report["bytes"] == sum(
         p.stat().st_size for p in artifact_of("nf4").rglob("*.*") if p.name != "manifest.json"
     )
