@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import uuid
 import wave
@@ -10,26 +11,22 @@ import numpy as np
 import openai
 import pytest
 import soundfile
-import torch
 from conftest import GOLDEN
 from serving import BODY, running, says, scripted, tone
 
 import cosyq
-from cosyq import build
 from cosyq.artifact.reader import open_artifact
 from cosyq.audit import verify_artifact
-from cosyq.recipe import bundled_checkpoint, find_recipe, load_recipe
+from cosyq.recipe import bundled_checkpoint
 from cosyq.server.batch import BatchSpeaker
 
 RECORDING = (GOLDEN.parent / "audio" / "zero_shot_prompt.wav").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    path, output = find_recipe("mini"), tmp_path_factory.mktemp("voices") / "mini"
-    prepared = build.prepare(load_recipe(path), path.read_text("utf-8"))
-    build.run(prepared, output, torch.device("cpu"), force=False, progress=lambda *_: None)
-    return output
+def mini(mini, tmp_path_factory):
+    """A copy, for voices to come and go."""
+    return shutil.copytree(mini, tmp_path_factory.mktemp("voices") / "mini")
 
 
 @pytest.fixture(scope="module")
