@@ -143,8 +143,7 @@ class Running:
             return events_of(error.partial)
 
     def metric(self, name: str) -> float:
-        text = self.request("GET", "/metrics").body.decode()
-        return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
+        return metric_of(self.request("GET", "/metrics").body.decode(), name)
 
 
 @dataclass
@@ -195,22 +194,11 @@ def scripted(script: Script, *, longest_queue: int = 8, **settings: Any) -> Iter
         yield server, speaker
 
 
-class Process:
-    """`cosyq serve` as a process of its own."""
+@dataclass
+class Endpoint:
+    """A server that is reached over HTTP alone."""
 
-    def __init__(self, artifact: Path, folder: Path, *arguments: str, **environment: str):
-        self.log = folder / "log"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("COSYQ_", "QUANTIZATION_"))}
-        with self.log.open("wb") as log:
-            command = [*COSYQ, "serve", "-a", str(artifact), "--port", "0", "--device", "cpu", *arguments]
-            clean |= {"OMP_WAIT_POLICY": "PASSIVE"}  # no thread spins beside others
-            self.process = subprocess.Popen(command, stderr=log, env=clean | environment)
-        self.port = wait_for(lambda: self.logged("listening"))["port"]
-        wait_for(lambda: self.logged("ready"), 60)
-
-    def logged(self, message: str) -> Any:
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        return next((line for line in lines if line["message"] == message), None)
+    port: int
 
     def client(self, key: str = "any") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=120)
@@ -227,12 +215,33 @@ class Process:
         return response.status, response.read().decode()
 
     def metric(self, name: str) -> float:
-        lines = self.get("/metrics")[1].splitlines()
-        return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+        return metric_of(self.get("/metrics")[1], name)
+
+
+class Process(Endpoint):
+    """`cosyq serve` as a process of its own."""
+
+    def __init__(self, artifact: Path, folder: Path, *arguments: str, **environment: str):
+        self.log = folder / "log"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("COSYQ_", "QUANTIZATION_"))}
+        with self.log.open("wb") as log:
+            command = [*COSYQ, "serve", "-a", str(artifact), "--port", "0", "--device", "cpu", *arguments]
+            clean |= {"OMP_WAIT_POLICY": "PASSIVE"}  # no thread spins beside others
+            self.process = subprocess.Popen(command, stderr=log, env=clean | environment)
+        super().__init__(wait_for(lambda: self.logged("listening"))["port"])
+        wait_for(lambda: self.logged("ready"), 60)
+
+    def logged(self, message: str) -> Any:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return next((line for line in lines if line["message"] == message), None)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(20)
+
+
+def metric_of(text: str, name: str) -> float:
+    return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
 
 
 def decoded(data: bytes, format: str) -> tuple[np.ndarray, int]:

@@ -122,6 +122,32 @@ def test_a_client_that_leaves_frees_the_model_at_its_next_step(server):
     assert server.metric('cosyq_requests_total{outcome="cancelled"}') == 1
 
 
+def test_leaving_at_any_of_ten_points_leaves_nothing_behind(server, spoken):
+    """From before the answer to shortly before its end; then the next one hears what the first has heard."""
+
+    def outcomes():
+        return [server.metric(f'cosyq_requests_total{{outcome="{name}"}}') for name in ("cancelled", "ok")]
+
+    def cancelling():
+        return np.array([server.metric(f"cosyq_cancel_seconds_{part}") for part in ("sum", "count")])
+
+    body, started = BODY | {"response_format": "pcm", "seed": 7}, time.monotonic()
+    whole = server.open(body).getresponse().read()
+    took, before, cancels = time.monotonic() - started, outcomes(), cancelling()
+    assert whole == to_s16(spoken)
+    for tenth in range(10):
+        connection = server.open(body)
+        time.sleep(took * tenth / 10)
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        wait_for(lambda tenth=tenth: sum(outcomes()) - sum(before) == tenth + 1)
+        wait_for(lambda: server.metric("cosyq_active_requests") == server.metric("cosyq_queue_depth") == 0)
+    assert outcomes()[0] - before[0] >= 3  # the rest may have been spoken before the client was seen to leave
+    seconds, count = cancelling() - cancels
+    assert seconds < 0.3 * count  # as above
+    assert server.open(body).getresponse().read() == whole
+
+
 def test_a_signal_lets_the_stream_finish(mini, tmp_path):
     server = Process(mini, tmp_path, "--drain", "60")
     response = server.open(BODY | {"input": LONG, "response_format": "flac", "seed": 7}).getresponse()

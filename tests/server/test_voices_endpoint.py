@@ -201,3 +201,11 @@ def test_a_key_is_needed_to_add_or_remove(tmp_path):
         with pytest.raises(openai.AuthenticationError):
             server.openai.audio.speech.create(**{k: BODY[k] for k in ("model", "input", "voice")})
         assert json.loads(server.request("GET", "/v1/audio/voices").body)["voices"]
+
+
+def test_voices_can_be_fixed():
+    with scripted(says(tone(0.5)), fixed_voices=True) as (server, speaker):
+        for answer in (add(server), server.request("DELETE", "/v1/audio/voices/iris")):
+            assert answer.status == 403
+            assert answer.error["code"] == "voices_fixed"
+        assert names(server) == speaker.voices()
