@@ -99,8 +99,15 @@ def serve(
     logs.to_stderr()
     address, number = listening.getsockname()[:2]
     logs.event("listening", host=address, port=number, artifact=str(opened.folder), keys=len(settings.keys))
-    speaker = {"rows": max_concurrency, "longest_queue": queue, "idle": idle_unload, "encoders": encoders}
-    serve(settings, listening, _loader(opened, speaker, {"engine": engine, "device": device, "dtype": dtype}))
+    place = {"engine": engine, "device": device, "dtype": dtype}
+    counts: dict[str, Any] = {"rows": max_concurrency, "longest_queue": queue, "idle": idle_unload}
+
+    def loader(on_fatal: Callable[[CosyqError], None]) -> Speaker:
+        from cosyq.server.batch import load_speaker  # it brings torch: probes are answered before that is there
+
+        return load_speaker(opened, place, on_fatal=on_fatal, encoders=encoders, **counts)
+
+    serve(settings, listening, loader)
 
 
 def unknown_variables(environment: Iterable[str], context: typer.Context) -> list[str]:
@@ -119,20 +126,6 @@ def _encoders(opened: Artifact, source: str | None) -> Path | None:
     folder = encoders_folder(opened, source)
     encoder_files(folder)
     return folder
-
-
-def _loader(
-    opened: Artifact, speaker: dict[str, Any], place: dict[str, Any]
-) -> Callable[[Callable[[CosyqError], None]], Speaker]:
-    def make(on_fatal: Callable[[CosyqError], None]) -> Speaker:
-        from cosyq.runtime.engine import pick_device
-        from cosyq.runtime.synthesizer import load
-        from cosyq.server.batch import BatchSpeaker
-
-        device = pick_device(place["device"])
-        return BatchSpeaker(lambda: load(opened, **place), device=device, on_fatal=on_fatal, **speaker)
-
-    return make
 
 
 def _folder(given: str | None) -> Path:

@@ -117,6 +117,12 @@ def _lists(app: FastAPI, service: Service) -> None:
 
 
 def _voices(app: FastAPI, service: Service) -> None:
+    def require_changeable() -> None:
+        if service.settings.fixed_voices:
+            message = "the voices here are fixed: they are added to the artifact, and heard from the next start on"
+            raise refused(403, message, code="voices_fixed")
+        service.require_ready()
+
     @app.post(VOICES, responses=ERRORS)
     async def add(
         name: Annotated[str, Form(max_length=100)],
@@ -136,7 +142,7 @@ def _voices(app: FastAPI, service: Service) -> None:
         if (audio_sample.size or 0) > service.settings.max_sample:
             message = f"the recording is larger than {service.settings.max_sample} bytes"
             raise refused(413, message, param="audio_sample", code="body_too_large")
-        service.require_ready()
+        require_changeable()
         try:
             await asyncio.to_thread(_keep, service, name, audio_sample.file, transcript)
         except UsageError as error:
@@ -147,7 +153,7 @@ def _voices(app: FastAPI, service: Service) -> None:
 
     @app.delete(VOICES + "/{name}", responses=ERRORS)
     async def remove(name: str) -> dict[str, Any]:
-        service.require_ready()
+        require_changeable()
         if name not in service.speaker.voices():
             raise refused(404, f"there is no voice {name!r}", param="name", code="voice_not_found")
         await asyncio.to_thread(service.speaker.remove_voice, name)

@@ -6,7 +6,7 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from cosyq.artifact.reader import Artifact
 from cosyq.audio.recording import read_recording
 from cosyq.errors import ArtifactError, CosyqError, UsageError
 from cosyq.runtime.clock import Audio
+from cosyq.runtime.engine import pick_device
 from cosyq.runtime.flight import GoneError
 from cosyq.runtime.inflight import InFlight, rows_for
 from cosyq.runtime.request import voice_names
-from cosyq.runtime.synthesizer import Synthesizer
+from cosyq.runtime.synthesizer import Synthesizer, load
 from cosyq.server.speaker import BusyError, Chunk, Speech, SpeechRequest, Stats, UnavailableError
 from cosyq.voices.enrol import Encoders, check_take, enrol
 
@@ -248,6 +249,18 @@ class BatchSpeaker:
         except ArtifactError as error:  # a read-only artifact, a full disk: the paths are not the client's business
             log.error("voices cannot be written", extra={"fields": {"error": str(error)}})
             raise UnavailableError("the server cannot write its voices") from None
+
+
+def load_speaker(
+    artifact: Artifact, place: Mapping[str, Any], *, on_fatal: Callable[[CosyqError], None], **options: Any
+) -> BatchSpeaker:
+    """A speaker of an artifact. `place` is what `runtime.synthesizer.load` is told, `options` what BatchSpeaker is.
+
+    Raises:
+        CosyqError: as BatchSpeaker.
+    """
+    device = pick_device(place["device"])
+    return BatchSpeaker(lambda: load(artifact, **place), device=device, on_fatal=on_fatal, **options)
 
 
 class _Ear:

@@ -188,7 +188,8 @@ class Delivery:
                 yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
         except Exception as error:
             yield _event(failed(error))
-            return
+            # For clients that look for audio alone, and would take an end for the end.
+            raise BrokenStreamError(str(error)) from error
         yield _event(self.done(timestamps=timestamps))
         yield b"data: [DONE]\n\n"
 

@@ -60,9 +60,10 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        counted = scope["path"].startswith("/v1/")
+        path = route_of(scope)
+        counted = path.startswith("/v1/")
         self._service.responses += counted
-        speaks = scope["path"] in SPEECH
+        speaks = path in SPEECH
         key = _digest(_given(headers)) if speaks else b""
         try:
             if (failure := self._refuse(scope, headers) or self._one_too_many(key)) is not None:
@@ -70,7 +71,7 @@ class Gate:
                 return
             self._busy[key] += speaks
             try:
-                await self._app(scope, self._limited(scope["path"], receive), sending)
+                await self._app(scope, self._limited(path, receive), sending)
             finally:
                 self._busy[key] -= speaks
                 self._busy += Counter()  # without those at nothing
@@ -82,15 +83,14 @@ class Gate:
                 seconds = round(time.monotonic() - started, 4)
                 about = {
                     "method": scope.get("method", "WEBSOCKET"),
-                    "path": scope["path"],
+                    "path": path,
                     "status": status,
                     "seconds": seconds,
                 }
                 event("request", request_id=request_id, **about, **fields)
 
     def _refuse(self, scope: Message, headers: dict[bytes, str]) -> Failure | None:
-        path = scope["path"]
-        method = scope.get("method", "WEBSOCKET")
+        path, method = route_of(scope), scope.get("method", "WEBSOCKET")
         listed = self._service.settings.public_lists and method == "GET" and path in LISTS
         if path.startswith("/v1/") and not listed and not self._knows(headers):
             message = "the API key is missing or wrong: send `Authorization: Bearer KEY`"
@@ -142,6 +142,12 @@ class Gate:
     def _too_large(self, path: str) -> Failure:
         message = f"the body is larger than {self._most(path)} bytes"
         return Failure(413, message, INVALID, None, "body_too_large")
+
+
+def route_of(scope: Message) -> str:
+    """The path that the application routes by: without what it is mounted at, which a proxy may leave in."""
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    return path[len(root) :] if path.startswith(root + "/") else path
 
 
 async def send_failure(failure: Failure, send: Send, answer: str) -> None:

@@ -32,6 +32,7 @@ class Service:
         self.phase: Phase = "loading"
         self.error: BaseException | None = None
         self.responses = 0
+        self._settled = asyncio.Event()  # it is loading no more
         self.metrics = Metrics(self.stats)
         self._speaker: Speaker | None = None
         self._first_voices: list[str] = []
@@ -61,6 +62,13 @@ class Service:
         if self.phase == "loading":
             self.phase = "ready"
             event("ready", **speaker.about(), voices=len(speaker.voices()), memory_bytes=speaker.stats().memory_bytes)
+        self._settled.set()
+
+    async def loaded(self) -> None:
+        """Wait while it is loading. Raises what it has died of, then or later."""
+        await self._settled.wait()
+        if self.error is not None:
+            raise self.error
 
     def drain(self) -> None:
         """Take nothing more; what is spoken goes on."""
@@ -76,6 +84,7 @@ class Service:
 
     def died(self, error: BaseException) -> None:
         self.phase, self.error = "dead", error
+        self._settled.set()
         log.error("dead", extra={"fields": {"error": str(error)}})
         self.cut("the device has failed")
 

@@ -12,6 +12,7 @@ class Settings:
     """Lengths in characters or bytes, times in seconds.
 
     max_sample: of a recording that becomes a voice.
+    fixed_voices: none is added or removed over HTTP.
     keys: whoever has one of them may speak; without any, everyone may.
     public_lists: whether models and voices are listed without a key.
     longest_queue: requests that wait; one more is refused.
@@ -26,6 +27,7 @@ class Settings:
     max_characters: int = 4096
     max_body: int = 256 << 10
     max_sample: int = 10 << 20
+    fixed_voices: bool = False
     longest_queue: int = 32
     key_concurrency: int | None = None
     wait_seconds: float = 20.0

@@ -1,15 +1,20 @@
-"""A real server in a thread, a speaker that does as a test says, and a plain client."""
+"""A real server, in a thread with a speaker that does as a test says or as a process; and a plain client."""
 
 from __future__ import annotations
 
 import http.client
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import av
@@ -23,6 +28,7 @@ from cosyq.server.speaker import BusyError, Chunk, Speech, SpeechRequest, Stats
 
 RATE = 24_000
 BODY = {"model": "tts-1", "input": "Hello there.", "voice": "alloy"}
+COSYQ = [sys.executable, "-m", "cosyq"]
 Script = Callable[[Speech], None]
 
 
@@ -128,9 +134,16 @@ class Running:
     def speak(self, **fields: Any) -> Answer:
         return self.request("POST", "/v1/audio/speech", {**BODY, **fields})
 
+    def broken_events(self, **fields: Any) -> list[Any]:
+        """The events of a stream that breaks off."""
+        response = self.open("POST", "/v1/audio/speech", {**BODY, "stream_format": "sse", **fields}).getresponse()
+        try:
+            raise AssertionError(f"it ended as if it were whole: {response.read()[-200:]!r}")
+        except http.client.IncompleteRead as error:
+            return events_of(error.partial)
+
     def metric(self, name: str) -> float:
-        text = self.request("GET", "/metrics").body.decode()
-        return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
+        return metric_of(self.request("GET", "/metrics").body.decode(), name)
 
 
 @dataclass
@@ -179,6 +192,56 @@ def scripted(script: Script, *, longest_queue: int = 8, **settings: Any) -> Iter
     speaker = Scripted(script, longest_queue)
     with running(lambda _: speaker, **settings) as server:
         yield server, speaker
+
+
+@dataclass
+class Endpoint:
+    """A server that is reached over HTTP alone."""
+
+    port: int
+
+    def client(self, key: str = "any") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def open(self, body: dict[str, Any]) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("POST", "/v1/audio/speech", json.dumps(body), {"content-type": "application/json"})
+        return connection
+
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    def metric(self, name: str) -> float:
+        return metric_of(self.get("/metrics")[1], name)
+
+
+class Process(Endpoint):
+    """`cosyq serve` as a process of its own."""
+
+    def __init__(self, artifact: Path, folder: Path, *arguments: str, **environment: str):
+        self.log = folder / "log"
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("COSYQ_", "QUANTIZATION_"))}
+        with self.log.open("wb") as log:
+            command = [*COSYQ, "serve", "-a", str(artifact), "--port", "0", "--device", "cpu", *arguments]
+            clean |= {"OMP_WAIT_POLICY": "PASSIVE"}  # no thread spins beside others
+            self.process = subprocess.Popen(command, stderr=log, env=clean | environment)
+        super().__init__(wait_for(lambda: self.logged("listening"))["port"])
+        wait_for(lambda: self.logged("ready"), 60)
+
+    def logged(self, message: str) -> Any:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return next((line for line in lines if line["message"] == message), None)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+
+def metric_of(text: str, name: str) -> float:
+    return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " ")), 0.0)
 
 
 def decoded(data: bytes, format: str) -> tuple[np.ndarray, int]:

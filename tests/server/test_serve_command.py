@@ -1,6 +1,5 @@
 """`cosyq serve` as a process, speaking with cosyq-mini to OpenAI's own client."""
 
-import http.client
 import json
 import os
 import re
@@ -15,64 +14,16 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-import torch
-from serving import BODY, decoded, seconds_of, wait_for
+from serving import BODY, COSYQ, Process, decoded, seconds_of, wait_for
 
 import cosyq
-from cosyq import build
 from cosyq.audio.sinks import to_s16
 from cosyq.cli.main import run
 from cosyq.cli.serve import _folder
-from cosyq.recipe import find_recipe, load_recipe
 from cosyq.server.encoders import WIRES
 
 TEXT = "Hello there."
 LONG = "My grandmother used to bake bread every Saturday. Thank you very much. " * 2
-COSYQ = [sys.executable, "-m", "cosyq"]
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    path, output = find_recipe("mini"), tmp_path_factory.mktemp("serve") / "mini"
-    prepared = build.prepare(load_recipe(path), path.read_text("utf-8"))
-    build.run(prepared, output, torch.device("cpu"), force=False, progress=lambda *_: None)
-    return output
-
-
-class Process:
-    """A server of its own."""
-
-    def __init__(self, artifact, folder, *arguments, **environment):
-        self.log = Path(folder) / "log"
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("COSYQ_", "QUANTIZATION_"))}
-        with self.log.open("wb") as log:
-            command = [*COSYQ, "serve", "-a", str(artifact), "--port", "0", "--device", "cpu", *arguments]
-            clean |= {"OMP_WAIT_POLICY": "PASSIVE"}  # no thread spins beside others
-            self.process = subprocess.Popen(command, stderr=log, env=clean | environment)
-        self.port = wait_for(lambda: self.logged("listening"))["port"]
-        wait_for(lambda: self.logged("ready"), 60)
-
-    def logged(self, message):
-        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
-        return next((line for line in lines if line["message"] == message), None)
-
-    def client(self, key="any"):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0, timeout=120)
-
-    def open(self, body):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", "/v1/audio/speech", json.dumps(body), {"content-type": "application/json"})
-        return connection
-
-    def get(self, path):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -164,16 +115,37 @@ def test_a_client_that_leaves_frees_the_model_at_its_next_step(server):
     assert connection.getresponse().read1(100)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
-    wait_for(lambda: metric(server, "cosyq_cancel_seconds_count") == 1)
-    assert metric(server, "cosyq_active_requests") == 0
+    wait_for(lambda: server.metric("cosyq_cancel_seconds_count") == 1)
+    assert server.metric("cosyq_active_requests") == 0
     # To the end of one Euler step and one step for the rows, 20 to 60 ms of a CPU that has nothing else to do.
-    assert metric(server, "cosyq_cancel_seconds_sum") < 0.3
-    assert metric(server, 'cosyq_requests_total{outcome="cancelled"}') == 1
+    assert server.metric("cosyq_cancel_seconds_sum") < 0.3
+    assert server.metric('cosyq_requests_total{outcome="cancelled"}') == 1
 
 
-def metric(server, name):
-    lines = server.get("/metrics")[1].splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+def test_leaving_at_any_of_ten_points_leaves_nothing_behind(server, spoken):
+    """From before the answer to shortly before its end; then the next one hears what the first has heard."""
+
+    def outcomes():
+        return [server.metric(f'cosyq_requests_total{{outcome="{name}"}}') for name in ("cancelled", "ok")]
+
+    def cancelling():
+        return np.array([server.metric(f"cosyq_cancel_seconds_{part}") for part in ("sum", "count")])
+
+    body, started = BODY | {"response_format": "pcm", "seed": 7}, time.monotonic()
+    whole = server.open(body).getresponse().read()
+    took, before, cancels = time.monotonic() - started, outcomes(), cancelling()
+    assert whole == to_s16(spoken)
+    for tenth in range(10):
+        connection = server.open(body)
+        time.sleep(took * tenth / 10)
+        connection.sock.shutdown(socket.SHUT_RDWR)
+        connection.close()
+        wait_for(lambda tenth=tenth: sum(outcomes()) - sum(before) == tenth + 1)
+        wait_for(lambda: server.metric("cosyq_active_requests") == server.metric("cosyq_queue_depth") == 0)
+    assert outcomes()[0] - before[0] >= 3  # the rest may have been spoken before the client was seen to leave
+    seconds, count = cancelling() - cancels
+    assert seconds < 0.3 * count  # as above
+    assert server.open(body).getresponse().read() == whole
 
 
 def test_a_signal_lets_the_stream_finish(mini, tmp_path):

@@ -1,5 +1,6 @@
 """Who may ask, how the server is, and how it ends."""
 
+import asyncio
 import http.client
 import json
 import logging
@@ -11,8 +12,11 @@ import pytest
 from serving import BODY, Scripted, decoded, running, says, scripted, tone, until_cancelled, wait_for
 
 from cosyq.errors import ArtifactError, DeviceError
+from cosyq.server.app import make_app
 from cosyq.server.logs import JsonFormatter
 from cosyq.server.run import LAST_SECONDS
+from cosyq.server.service import Service
+from cosyq.server.settings import Settings
 
 KEYS = ("first-key", "schlüssel")
 
@@ -38,6 +42,29 @@ def test_every_key_opens_and_nothing_else_does():
         assert server.request("GET", "/v1/nothing").status == 401
         for path in ("/v1/models", "/v1/audio/models", "/v1/audio/voices", "/livez", "/readyz", "/health", "/metrics"):
             assert server.request("GET", path).status == 200
+
+
+def test_a_key_is_asked_for_wherever_the_application_is_mounted():
+    """A proxy that serves it below a path leaves that in, and the routes are found without it."""
+    app = make_app(Service(Settings(keys=KEYS)), lambda _: None)
+
+    async def ask(path, root):
+        sent = []
+        scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "headers": [], "query_string": b""}
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(message):
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(ask("/v1/audio/speech", "")) == 401
+    assert asyncio.run(ask("/tts/v1/audio/speech", "/tts")) == 401
+    assert asyncio.run(ask("/v1/audio/speech", "/v")) == 401
+    assert asyncio.run(ask("/v1/audio/speech", "/v1")) == 404  # what is left of it is /audio/speech
 
 
 def test_lists_can_be_kept_private():
@@ -154,6 +181,30 @@ def test_while_it_loads_it_lives_and_is_not_ready():
         go.set()
         wait_for(lambda: server.request("GET", "/readyz").status == 200)
         assert server.speak().status == 200
+
+
+def test_who_waits_for_the_model_is_told_what_came_of_it():
+    async def loaded(loader):
+        service = Service(Settings())
+        service.load(loader)
+        assert service.phase == "loading"
+        await asyncio.wait_for(service.loaded(), 20)
+        assert service.phase == "ready"
+        service.died(DeviceError("the device has failed"))
+        with pytest.raises(DeviceError):
+            await service.loaded()
+
+    def slow(_):
+        time.sleep(0.2)
+        return Scripted(says(tone(0.5)))
+
+    def damaged(_):
+        time.sleep(0.2)
+        raise ArtifactError("damaged", where="llm.safetensors")
+
+    asyncio.run(loaded(slow))
+    with pytest.raises(ArtifactError):
+        asyncio.run(loaded(damaged))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server():

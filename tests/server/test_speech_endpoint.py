@@ -339,10 +339,9 @@ def _streaming(server, format):
     return create(model="tts-1", voice="alloy", input="Hello.", response_format=format)
 
 
-def test_a_later_failure_is_told_among_events():
+def test_a_later_failure_is_told_among_events_and_breaks_their_stream():
     with scripted(fails_later) as (server, _):
-        answer = server.speak(stream_format="sse", response_format="pcm")
-        *deltas, last = events_of(answer.body)
+        *deltas, last = server.broken_events(response_format="pcm")
         assert deltas
         assert last["type"] == "speech.audio.error"
         assert "out of memory" in last["error"]["message"]
@@ -414,7 +413,7 @@ def test_a_deadline_in_the_middle():
         response = server.open("POST", "/v1/audio/speech", BODY).getresponse()
         with pytest.raises(http.client.IncompleteRead):
             response.read()
-        last = events_of(server.speak(stream_format="sse").body)[-1]
+        last = server.broken_events()[-1]
         assert last["error"]["code"] == "deadline_exceeded"
         wait_for(lambda: all(speech.released.is_set() for speech in speaker.speeches))
 

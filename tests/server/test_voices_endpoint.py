@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import uuid
 import wave
@@ -10,26 +11,22 @@ import numpy as np
 import openai
 import pytest
 import soundfile
-import torch
 from conftest import GOLDEN
 from serving import BODY, running, says, scripted, tone
 
 import cosyq
-from cosyq import build
 from cosyq.artifact.reader import open_artifact
 from cosyq.audit import verify_artifact
-from cosyq.recipe import bundled_checkpoint, find_recipe, load_recipe
+from cosyq.recipe import bundled_checkpoint
 from cosyq.server.batch import BatchSpeaker
 
 RECORDING = (GOLDEN.parent / "audio" / "zero_shot_prompt.wav").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def mini(tmp_path_factory):
-    path, output = find_recipe("mini"), tmp_path_factory.mktemp("voices") / "mini"
-    prepared = build.prepare(load_recipe(path), path.read_text("utf-8"))
-    build.run(prepared, output, torch.device("cpu"), force=False, progress=lambda *_: None)
-    return output
+def mini(mini, tmp_path_factory):
+    """A copy, for voices to come and go."""
+    return shutil.copytree(mini, tmp_path_factory.mktemp("voices") / "mini")
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +201,11 @@ def test_a_key_is_needed_to_add_or_remove(tmp_path):
         with pytest.raises(openai.AuthenticationError):
             server.openai.audio.speech.create(**{k: BODY[k] for k in ("model", "input", "voice")})
         assert json.loads(server.request("GET", "/v1/audio/voices").body)["voices"]
+
+
+def test_voices_can_be_fixed():
+    with scripted(says(tone(0.5)), fixed_voices=True) as (server, speaker):
+        for answer in (add(server), server.request("DELETE", "/v1/audio/voices/iris")):
+            assert answer.status == 403
+            assert answer.error["code"] == "voices_fixed"
+        assert names(server) == speaker.voices()
