@@ -71,15 +71,6 @@ def artifact_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return get
 
 
-@pytest.fixture(scope="session")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifact of cosyq-mini, with its voices, as its recipe has it; not to be changed."""
-    path, output = find_recipe("mini"), tmp_path_factory.mktemp("mini") / "mini"
-    prepared = build.prepare(load_recipe(path), path.read_text("utf-8"))
-    build.run(prepared, output, torch.device("cpu"), force=False, progress=lambda *_: None)
-    return output
-
-
 @pytest.fixture
 def scratch_artifact(artifact_of: Callable[..., Path], tmp_path: Path) -> Path:
     """A copy of the int8 artifact that a test may damage."""

@@ -26,8 +26,8 @@ MADE = "cosyq_audio_seconds_total"
 
 
 @pytest.fixture(scope="module")
-def server(mini, tmp_path_factory):
-    process = Process(mini, tmp_path_factory.mktemp("served"))
+def server(mini_artifact, tmp_path_factory):
+    process = Process(mini_artifact, tmp_path_factory.mktemp("served"))
     yield process
     assert process.stop() == 0
 

@@ -27,16 +27,16 @@ LONG = "My grandmother used to bake bread every Saturday. Thank you very much. "
 
 
 @pytest.fixture(scope="module")
-def server(mini, tmp_path_factory):
-    process = Process(mini, tmp_path_factory.mktemp("served"))
+def server(mini_artifact, tmp_path_factory):
+    process = Process(mini_artifact, tmp_path_factory.mktemp("served"))
     yield process
     assert process.stop() == 0
 
 
 @pytest.fixture(scope="module")
-def spoken(mini):
+def spoken(mini_artifact):
     """The same text by the library, one seed: [n] samples as a stream makes them."""
-    tts = cosyq.load(mini, device="cpu")
+    tts = cosyq.load(mini_artifact, device="cpu")
     return np.concatenate([audio.samples for audio in tts.stream(TEXT, voice="default", seed=7)])
 
 
@@ -94,11 +94,11 @@ def test_health_is_of_the_artifact(server):
     assert health["quantization"] == {"llm": "int8", "flow": "int8", "vocoder": "fp32"}
 
 
-def test_several_at_once_hear_what_each_would_hear_alone(server, mini):
+def test_several_at_once_hear_what_each_would_hear_alone(server, mini_artifact):
     def hear(seed):
         heard[seed] = server.client().audio.speech.create(**ask("pcm", extra_body={"seed": seed})).content
 
-    heard, tts = {}, cosyq.load(mini, device="cpu")
+    heard, tts = {}, cosyq.load(mini_artifact, device="cpu")
     threads = [threading.Thread(target=hear, args=(seed,)) for seed in range(5)]  # one more than are spoken at once
     for thread in threads:
         thread.start()
@@ -148,8 +148,8 @@ def test_leaving_at_any_of_ten_points_leaves_nothing_behind(server, spoken):
     assert server.open(body).getresponse().read() == whole
 
 
-def test_a_signal_lets_the_stream_finish(mini, tmp_path):
-    server = Process(mini, tmp_path, "--drain", "60")
+def test_a_signal_lets_the_stream_finish(mini_artifact, tmp_path):
+    server = Process(mini_artifact, tmp_path, "--drain", "60")
     response = server.open(BODY | {"input": LONG, "response_format": "flac", "seed": 7}).getresponse()
     early = response.read1(1000)
     server.process.send_signal(signal.SIGTERM)
@@ -159,9 +159,9 @@ def test_a_signal_lets_the_stream_finish(mini, tmp_path):
     assert server.process.wait(10) == 0
 
 
-def test_the_environment_is_heard_and_what_it_does_not_mean_is_named(mini, tmp_path):
+def test_the_environment_is_heard_and_what_it_does_not_mean_is_named(mini_artifact, tmp_path):
     variables = {"COSYQ_API_KEY": "one two", "COSYQ_PROT": "1", "COSYQ_DRAIN": "0.2", "COSYQ_MAX_CHARACTERS": "1000"}
-    server = Process(mini, tmp_path, "--host", "0.0.0.0", COSYQ_ARTIFACT="nowhere", **variables)
+    server = Process(mini_artifact, tmp_path, "--host", "0.0.0.0", COSYQ_ARTIFACT="nowhere", **variables)
     with pytest.raises(openai.BadRequestError, match="1001 characters are more than 1000"):
         server.client("one").audio.speech.create(**ask("pcm", input="a" * 1001))
     with pytest.raises(openai.AuthenticationError):
@@ -197,28 +197,28 @@ def cli(capsys, monkeypatch):
     return call
 
 
-def test_what_is_wrong_is_said_in_one_line(cli, mini, tmp_path, server, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line(cli, mini_artifact, tmp_path, server, monkeypatch):
     code, err = cli("-a", tmp_path / "nothing")
     assert code == 3
     assert "no such artifact" in err
-    code, err = cli("-a", mini, "--port", server.port)
+    code, err = cli("-a", mini_artifact, "--port", server.port)
     assert code == 2
     assert re.search(r"error: 127\.0\.0\.1:\d+: cannot listen there \(Address already in use\)", err)
-    code, err = cli("-a", mini, "--host", "no.such.host.invalid")
+    code, err = cli("-a", mini_artifact, "--host", "no.such.host.invalid")
     assert code == 2
     assert "cannot listen there" in err
     assert "warning: whoever reaches no.such.host.invalid:8000 can speak without a key" in err
     monkeypatch.setitem(sys.modules, "fastapi", None)
     for name in [n for n in sys.modules if n.startswith("cosyq.server")]:
         monkeypatch.delitem(sys.modules, name)
-    code, err = cli("-a", mini)
+    code, err = cli("-a", mini_artifact)
     assert code == 2
     assert "fastapi" in err
     assert "pip install 'cosyq[serve]'" in err
 
 
-def test_a_device_that_is_not_there_ends_it(mini, tmp_path):
-    command = [*COSYQ, "serve", "-a", str(mini), "--port", "0", "--device", "cuda:99"]
+def test_a_device_that_is_not_there_ends_it(mini_artifact, tmp_path):
+    command = [*COSYQ, "serve", "-a", str(mini_artifact), "--port", "0", "--device", "cuda:99"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 4
     assert done.stderr.splitlines()[-1].startswith("error: cuda:99: ")

@@ -24,15 +24,15 @@ RECORDING = (GOLDEN.parent / "audio" / "zero_shot_prompt.wav").read_bytes()
 
 
 @pytest.fixture(scope="module")
-def mini(mini, tmp_path_factory):
+def copied(mini_artifact, tmp_path_factory):
     """A copy, for voices to come and go."""
-    return shutil.copytree(mini, tmp_path_factory.mktemp("voices") / "mini")
+    return shutil.copytree(mini_artifact, tmp_path_factory.mktemp("voices") / "mini")
 
 
 @pytest.fixture(scope="module")
-def server(mini):
+def server(copied):
     def loader(on_fatal):
-        tts = cosyq.load(mini, device="cpu")
+        tts = cosyq.load(copied, device="cpu")
         return BatchSpeaker(lambda: tts, longest_queue=4, on_fatal=on_fatal, encoders=bundled_checkpoint("mini"))
 
     with running(loader) as made:
@@ -62,7 +62,7 @@ def names(server):
     return [voice["id"] for voice in server.request("GET", "/v1/audio/voices").json["voices"]]
 
 
-def test_a_voice_is_added_spoken_with_and_removed(server, mini):
+def test_a_voice_is_added_spoken_with_and_removed(server, copied):
     before, aliases = names(server), server.request("GET", "/v1/audio/voices").json["aliases"]
     answer = add(server, name="aunt.Ada", consent="signed 2026-11-02, folder 7")
     assert answer.status == 200, answer.body
@@ -72,14 +72,14 @@ def test_a_voice_is_added_spoken_with_and_removed(server, mini):
     spoken = [server.speak(voice=voice, response_format="pcm", seed=1).body for voice in ("aunt.Ada", "default")]
     assert len(spoken[0]) > 10_000
     assert spoken[0] != spoken[1]
-    verify_artifact(open_artifact(mini))  # it is listed and hashed, as one of the command line's
-    assert "aunt.Ada" in open_artifact(mini).voice_files()
+    verify_artifact(open_artifact(copied))  # it is listed and hashed, as one of the command line's
+    assert "aunt.Ada" in open_artifact(copied).voice_files()
     assert add(server, name="aunt.Ada").error["code"] == "voice_exists"
     assert server.request("DELETE", "/v1/audio/voices/aunt.Ada").json["deleted"] is True
     assert names(server) == before
     assert server.speak(voice="aunt.Ada").error["code"] == "voice_not_found"
     assert server.request("DELETE", "/v1/audio/voices/aunt.Ada").status == 404
-    verify_artifact(open_artifact(mini))
+    verify_artifact(open_artifact(copied))
 
 
 def wav(rate=24_000, seconds=2.0):
@@ -184,9 +184,9 @@ def test_a_page_from_elsewhere_cannot_add_one(server):
     assert add(server, b"", origin=here).status == 400
 
 
-def test_a_server_without_encoders_says_so(mini):
+def test_a_server_without_encoders_says_so(copied):
     def loader(on_fatal):
-        return BatchSpeaker(lambda: cosyq.load(mini, device="cpu"), longest_queue=4, on_fatal=on_fatal)
+        return BatchSpeaker(lambda: cosyq.load(copied, device="cpu"), longest_queue=4, on_fatal=on_fatal)
 
     with running(loader) as server:
         answer = add(server)
