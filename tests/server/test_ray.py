@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -20,6 +21,8 @@ from serving import BODY, Endpoint, decoded, events_of, metric_of, wait_for
 from websockets.sync.client import connect
 
 import cosyq
+from cosyq.artifact.edit import put_voice
+from cosyq.artifact.reader import open_artifact
 from cosyq.audio.sinks import to_s16
 from cosyq.cli.serve import serve as command
 
@@ -50,8 +53,8 @@ def cluster():
             ray.shutdown()
 
 
-def options(mini, **more):
-    return Options(artifact=mini, device="cpu", **more)
+def options(artifact, **more):
+    return Options(artifact=artifact, device="cpu", **more)
 
 
 @contextmanager
@@ -64,9 +67,15 @@ def deployed(told, cluster, name, prefix):
 
 
 @pytest.fixture(scope="module")
-def server(mini, cluster):
+def artifact(mini, tmp_path_factory):
+    """A copy, to which a voice is added."""
+    return shutil.copytree(mini, tmp_path_factory.mktemp("shared") / "mini")
+
+
+@pytest.fixture(scope="module")
+def server(artifact, cluster):
     """Two replicas."""
-    told = options(mini, min_replicas=2, max_replicas=2, max_concurrency=2, queue=2, deadline=30)
+    told = options(artifact, min_replicas=2, max_replicas=2, max_concurrency=2, queue=2, deadline=30)
     with deployed(told, cluster, "main", "/") as made:
         yield made
 
@@ -188,6 +197,13 @@ def test_voices_are_fixed(server):
         server.client().post(
             "/audio/voices", cast_to=object, files=files, options={"headers": {"content-type": "multipart/form-data"}}
         )
+
+
+def test_a_voice_that_is_put_into_the_folder_is_every_replicas(server, artifact):
+    opened = open_artifact(artifact)
+    put_voice(opened, "pat", opened.voice_files()["pip"].read_bytes())
+    heard = [server.client().audio.speech.create(**ask(voice=voice)).content for voice in ["pip", *["pat"] * 6]]
+    assert set(heard) == {heard[0]}
 
 
 def test_a_client_that_leaves_frees_its_replica(server):
