@@ -20,10 +20,7 @@ from itertools import count
 import gevent
 from locust import HttpUser, constant_throughput, events, task
 
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "Then it rests for a while in the warm afternoon sun. Good night.",
-)
+TEXTS = ("Hello there.", "Good night, and thank you very much.")  # short: it is requests that leave something behind
 SEEDS = 2
 RATE = 24_000
 
@@ -100,7 +97,7 @@ def watch(environment, **_):
 
         def look():
             for _ in range(10):
-                gevent.sleep(told.run_time / 10 - 0.05)
+                gevent.sleep(0.099 * told.run_time)  # the last one before it ends
                 with open(f"/proc/{told.pid}/status") as status:
                     memory.append(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) // 1024)
 

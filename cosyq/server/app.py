@@ -119,7 +119,7 @@ def _lists(app: FastAPI, service: Service) -> None:
 def _voices(app: FastAPI, service: Service) -> None:
     def require_changeable() -> None:
         if service.settings.fixed_voices:
-            message = "the voices here are fixed: they are added to the artifact, and heard from the next start on"
+            message = "the voices here are fixed: `cosyq voice` adds them to the artifact and removes them"
             raise refused(403, message, code="voices_fixed")
         service.require_ready()
 

@@ -4,7 +4,7 @@
 
 Ray's proxies take the requests, choose a replica for each, pass on what it sends as it comes, and cancel what nobody
 waits for any more. A replica is what `cosyq serve` runs, without the socket: its queue, its limits, /health and
-/metrics are its own, and voices are fixed, since an addition would be known to one replica alone.
+/metrics are its own. Voices are fixed: replicas that write one manifest would write over each other's.
 """
 
 # Annotations are evaluated here: Ray makes the builder's argument by the one that it finds.

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -20,6 +21,8 @@ from serving import BODY, Endpoint, decoded, events_of, metric_of, wait_for
 from websockets.sync.client import connect
 
 import cosyq
+from cosyq.artifact.edit import put_voice
+from cosyq.artifact.reader import open_artifact
 from cosyq.audio.sinks import to_s16
 from cosyq.cli.serve import serve as command
 
@@ -50,8 +53,8 @@ def cluster():
             ray.shutdown()
 
 
-def options(mini_artifact, **more):
-    return Options(artifact=mini_artifact, device="cpu", **more)
+def options(artifact, **more):
+    return Options(artifact=artifact, device="cpu", **more)
 
 
 @contextmanager
@@ -64,9 +67,15 @@ def deployed(told, cluster, name, prefix):
 
 
 @pytest.fixture(scope="module")
-def server(mini_artifact, cluster):
+def artifact(mini_artifact, tmp_path_factory):
+    """A copy, to which a voice is added."""
+    return shutil.copytree(mini_artifact, tmp_path_factory.mktemp("shared") / "mini")
+
+
+@pytest.fixture(scope="module")
+def server(artifact, cluster):
     """Two replicas."""
-    told = options(mini_artifact, min_replicas=2, max_replicas=2, max_concurrency=2, queue=2, deadline=30)
+    told = options(artifact, min_replicas=2, max_replicas=2, max_concurrency=2, queue=2, deadline=30)
     with deployed(told, cluster, "main", "/") as made:
         yield made
 
@@ -136,9 +145,9 @@ def test_each_replica_takes_a_gpu_unless_it_is_to_do_without():
 # ---- what comes through
 
 
-def test_the_samples_are_the_librarys(server, mini_artifact):
+def test_the_samples_are_the_librarys(server, mini):
     data = server.client().audio.speech.create(**ask()).content
-    tts = cosyq.load(mini_artifact, device="cpu")
+    tts = cosyq.load(mini, device="cpu")
     assert data == to_s16(np.concatenate([a.samples for a in tts.stream(TEXT, voice="default", seed=7)]))
 
 
@@ -188,6 +197,13 @@ def test_voices_are_fixed(server):
         server.client().post(
             "/audio/voices", cast_to=object, files=files, options={"headers": {"content-type": "multipart/form-data"}}
         )
+
+
+def test_a_voice_that_is_put_into_the_folder_is_every_replicas(server, artifact):
+    opened = open_artifact(artifact)
+    put_voice(opened, "pat", opened.voice_files()["pip"].read_bytes())
+    heard = [server.client().audio.speech.create(**ask(voice=voice)).content for voice in ["pip", *["pat"] * 6]]
+    assert set(heard) == {heard[0]}
 
 
 def test_a_client_that_leaves_frees_its_replica(server):
@@ -249,7 +265,7 @@ def test_a_replica_that_dies_breaks_its_streams_and_is_replaced(server):
 # ---- its life, in deployments of their own
 
 
-def test_more_requests_bring_another_replica_and_a_stop_lets_them_finish(mini_artifact, cluster):
+def test_more_requests_bring_another_replica_and_a_stop_lets_them_finish(mini, cluster):
     """Under a path of its own, where the same requests need the same key."""
 
     def get(path, key=None, body=None):
@@ -264,7 +280,7 @@ def test_more_requests_bring_another_replica_and_a_stop_lets_them_finish(mini_ar
     def running():
         return serve.status().applications["other"].deployments["cosyq"].replica_states.get("RUNNING", 0)
 
-    told = options(mini_artifact, api_key="sesame", max_replicas=2, max_concurrency=1, wait=120, drain=60)
+    told = options(mini, api_key="sesame", max_replicas=2, max_concurrency=1, wait=120, drain=60)
     body = BODY | {"input": TEXT * 3, "response_format": "wav", "seed": 7}
     with deployed(told, cluster, "other", "/other"):
         assert get("/readyz").read() == b'{"status": "ready"}'
