@@ -145,9 +145,9 @@ def test_each_replica_takes_a_gpu_unless_it_is_to_do_without():
 # ---- what comes through
 
 
-def test_the_samples_are_the_librarys(server, mini):
+def test_the_samples_are_the_librarys(server, mini_artifact):
     data = server.client().audio.speech.create(**ask()).content
-    tts = cosyq.load(mini, device="cpu")
+    tts = cosyq.load(mini_artifact, device="cpu")
     assert data == to_s16(np.concatenate([a.samples for a in tts.stream(TEXT, voice="default", seed=7)]))
 
 
@@ -265,7 +265,7 @@ def test_a_replica_that_dies_breaks_its_streams_and_is_replaced(server):
 # ---- its life, in deployments of their own
 
 
-def test_more_requests_bring_another_replica_and_a_stop_lets_them_finish(mini, cluster):
+def test_more_requests_bring_another_replica_and_a_stop_lets_them_finish(mini_artifact, cluster):
     """Under a path of its own, where the same requests need the same key."""
 
     def get(path, key=None, body=None):
@@ -280,7 +280,7 @@ def test_more_requests_bring_another_replica_and_a_stop_lets_them_finish(mini, c
     def running():
         return serve.status().applications["other"].deployments["cosyq"].replica_states.get("RUNNING", 0)
 
-    told = options(mini, api_key="sesame", max_replicas=2, max_concurrency=1, wait=120, drain=60)
+    told = options(mini_artifact, api_key="sesame", max_replicas=2, max_concurrency=1, wait=120, drain=60)
     body = BODY | {"input": TEXT * 3, "response_format": "wav", "seed": 7}
     with deployed(told, cluster, "other", "/other"):
         assert get("/readyz").read() == b'{"status": "ready"}'
