@@ -33,7 +33,8 @@ LEVELS = {
     "publish": 5,
     "doctor": 5,
     "server": 5,
-    "cli": 6,
+    "bench": 6,
+    "cli": 8,
 }
 
 
