@@ -164,7 +164,7 @@ def write_random(folder: Path, size: Size, seed: int) -> None:
         (partial / YAML).write_text(_yaml(size), "utf-8")
         for name, text in _tokenizer_files(size).items():
             (partial / QWEN / name).write_text(text, "utf-8")
-        (partial / "voice.safetensors").write_bytes(_random_voice(seed).to_bytes())
+        (partial / "voice.safetensors").write_bytes(random_voice(seed).to_bytes())
         partial.rename(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise CheckpointError(f"cannot be written ({str(error).splitlines()[0]})", where=folder) from None
@@ -202,7 +202,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.empty(shape).normal_(0.0, scale, generator=generator)
 
 
-def _random_voice(seed: int) -> Voice:
+def random_voice(seed: int) -> Voice:
+    """A voice with a prompt of three seconds."""
     generator = torch.Generator().manual_seed(seed)
     return Voice(
         name="default",

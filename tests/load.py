@@ -1,10 +1,11 @@
-"""Load on a server of its own, and on the engine behind it: first audio, audio seconds a second, who was refused.
+"""Load on a server of its own, over HTTP: first audio, audio seconds a second, who was refused.
 
-    python tests/load.py ARTIFACT [--streams 1,4,16] [--rounds 3] [--rows 16] [--sentences 2] [--device cuda] [--only http|engine] [--soak SECONDS]
+    python tests/load.py ARTIFACT [--streams 1,4,16] [--rounds 3] [--rows 16] [--sentences 2] [--device cuda] [--soak SECONDS]
 
 Every stream asks for one text after another, in each of the artifact's voices in turn. Prints one line of JSON:
 seconds to the first audio (p50, p95), audio seconds made in a second, real-time factor of a stream, and what the server
 takes, in MiB. With --soak, some of the streams leave early, and memory is read at a quarter of the time and at the end.
+The engine behind it is measured by `cosyq bench --parts streams`.
 """
 
 from __future__ import annotations
@@ -50,9 +51,6 @@ class Tally:
             "real_time_factor": round(statistics.median(self.factors or [0.0]), 4),
             **{name: value for name in ("refused", "broken", "left") if (value := getattr(self, name))},
         }
-
-
-# ---- over HTTP
 
 
 async def ask(port: int, body: dict, tally: Tally, leave_after: float | None = None) -> None:
@@ -162,40 +160,6 @@ def http(options: argparse.Namespace, rows: int) -> dict:
         server.stop()
 
 
-# ---- the engine alone
-
-
-def engine(options: argparse.Namespace, rows: int) -> dict:
-    import cosyq
-    from cosyq.runtime.inflight import InFlight
-
-    tts = cosyq.load(options.artifact, device=options.device)
-    batch = InFlight(tts, rows=rows)
-    voices, result = tts.voices(), {"engine": tts.engine.name}
-
-    def stream(index: int, rounds: int, tally: Tally, lock: threading.Lock) -> None:
-        for turn in range(rounds):
-            number = index * rounds + turn
-            started, first, audio = time.perf_counter(), 0.0, 0.0
-            for chunk in batch.stream(SENTENCE * options.sentences, voice=voices[number % len(voices)], seed=number):
-                first = first or time.perf_counter() - started
-                audio += len(chunk.samples) / RATE
-            with lock:
-                tally.heard(first, time.perf_counter() - started, audio)
-
-    for streams, rounds in [(max(options.streams), 1), *((n, options.rounds) for n in options.streams)]:
-        tally, lock, started = Tally(), threading.Lock(), time.perf_counter()
-        threads = [threading.Thread(target=stream, args=(i, rounds, tally, lock)) for i in range(streams)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        tally.seconds = time.perf_counter() - started
-        result[str(streams)] = tally.summary()  # the first round, a warm-up, is written over
-    batch.close()
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact")
@@ -204,15 +168,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="of the batch; as many as streams unless given")
     parser.add_argument("--sentences", type=int, default=2)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", choices=["http", "engine"])
     parser.add_argument("--soak", type=float)
     options = parser.parse_args()
     rows, result = options.rows or max(options.streams), {"artifact": os.path.basename(options.artifact.rstrip("/"))}
-    if options.only != "http" and not options.soak:
-        result["engine"] = engine(options, rows)
-    if options.only != "engine":
-        result["http"] = http(options, rows)
-    print(json.dumps(result))
+    print(json.dumps(result | {"http": http(options, rows)}))
 
 
 if __name__ == "__main__":

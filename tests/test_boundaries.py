@@ -36,6 +36,7 @@ LEVELS = {
     "publish": 5,
     "doctor": 5,
     "server": 5,
+    "bench": 6,
     "cli": 8,
 }
 

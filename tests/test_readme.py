@@ -143,6 +143,15 @@ def test_the_commands_with_the_real_model(demo, run, checkpoint, cache):
         assert (demo / "artifacts" / artifact / "voices" / "default.safetensors").is_file()
 
 
+def test_how_fast_it_is(demo, run):
+    """As written, but for the size, and fewer runs of fewer parts."""
+    (block,) = [b for b in blocks("sh") if "--random full" in b and "cosyq verify" not in b]
+    ours, random = (line.partition("#")[0] for line in block.splitlines())
+    quick = "--runs 1 --seconds 1 --device cpu"
+    assert "flow, 1 s of audio" in run(f"{ours} {quick} --parts flow")[0]
+    assert "a token" in run(random.replace("full", "small").replace("parts all", "parts llm") + quick)[0]
+
+
 def test_from_a_phone_recording_to_a_voice(demo, run):
     """As written but for the placeholder, and ffmpeg, whose work is done before."""
     (block,) = [b for b in blocks("sh") if "voice add me" in b]

@@ -106,6 +106,23 @@ def progress_bar(title: str, *, unit: Literal["bytes", "items"] = "bytes") -> It
         )
 
 
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A callback that shows on a terminal what is being done, and is silent elsewhere.
+
+    It draws when it is called and never in between: nothing runs beside what is being measured.
+    """
+    if not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(stderr=True), auto_refresh=False, transient=True, redirect_stdout=False) as live:
+        yield lambda what: live.update(Text(f"{what} ...", style="dim"), refresh=True)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout; plain tab-separated lines where that is no terminal."""
     if not sys.stdout.isatty():

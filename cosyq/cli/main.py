@@ -12,6 +12,7 @@ import typer
 
 from cosyq import __version__
 from cosyq.cli import (
+    bench,
     checkpoint,
     convert,
     diff,
@@ -50,6 +51,7 @@ app.command("diff")(diff.diff)
 app.command("eval")(eval.evaluate)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(voice.app, name="voice")
 app.add_typer(export.app, name="export")

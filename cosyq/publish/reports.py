@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cosyq.errors import ArtifactError
 
-REPORT_FILES = ("eval.json", "bench.json")  # quality, speed
+EVAL_FILE, BENCH_FILE = "eval.json", "bench.json"
+REPORT_FILES = (EVAL_FILE, BENCH_FILE)  # quality, speed
 MAX_BYTES = 1 << 20
 
 

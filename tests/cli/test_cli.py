@@ -238,6 +238,17 @@ def test_synth_refuses(cli, spoken, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_fewer_flow_steps(cli, artifact_of, tmp_path):
+    """Of those the artifact has tables for; the first is the default."""
+    spoken = ("-a", artifact_of("int8", "stages.flow.steps=[10,4]"), "--device", "cpu", "--seed", "3", "--raw")
+    for name, options in {"default": (), "ten": ("--flow-steps", "10"), "four": ("--flow-steps", "4")}.items():
+        assert cli("synth", "hello", *spoken, "-o", tmp_path / name, *options)[0] == 0
+    default, ten, four = ((tmp_path / name).read_bytes() for name in ("default", "ten", "four"))
+    assert default == ten
+    assert len(four) == len(ten)
+    assert four != ten
+
+
 def test_no_artifact_and_the_newest(cli, artifact_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(cli("synth", "hello", "-o", "x.wav"), 3, "cosyq quantize int8")
