@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cosyq.bench import PARTS, Part
-from cosyq.cli.console import ArtifactOption, Device, Json, choose_artifact, emit, note, print_table, status_line
+from cosyq.cli.console import (
+    ArtifactOption,
+    Device,
+    DtypeOption,
+    EngineOption,
+    Json,
+    choose_artifact,
+    emit,
+    note,
+    print_table,
+    status_line,
+)
 from cosyq.errors import UsageError
 from cosyq.files import whole_file
 from cosyq.publish.reports import BENCH_FILE
@@ -38,12 +49,9 @@ def bench(
         typer.Option(min=1, max=1000, help="How often; else 7 times on a GPU, 3 on a CPU, streams 3 and once."),
     ] = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
-    engine: Annotated[
-        Literal["auto", "fused", "reference", "unpacked", "bnb"],
-        typer.Option(help="What multiplies; unpacked takes memory."),
-    ] = "auto",
+    engine: EngineOption = "auto",
     device: Device = "auto",
-    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of matrix products.")] = "auto",
+    dtype: DtypeOption = "auto",
     save: Annotated[
         bool, typer.Option("--save", help="Keep it as bench.json in the artifact, for the card of a push.")
     ] = False,

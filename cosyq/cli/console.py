@@ -20,6 +20,12 @@ from cosyq.errors import ArtifactError, CosyqError, DeviceError, UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+EngineName = Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"]
+DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
+EngineOption = Annotated[
+    EngineName, typer.Option(help="What multiplies; reference, unpacked and bnb are to compare with.")
+]
+DtypeOption = Annotated[DtypeName, typer.Option(help="Of matrix products.")]
 ArtifactOption = Annotated[
     str | None,
     typer.Option(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosyq.cli.console import DEFAULT_FOLDER, ArtifactOption, choose_artifact, note
+from cosyq.cli.console import DEFAULT_FOLDER, ArtifactOption, DtypeName, EngineName, choose_artifact, note
 from cosyq.errors import ArtifactError, CosyqError, UsageError
 
 if TYPE_CHECKING:
@@ -55,14 +55,9 @@ def serve(
         str | None,
         typer.Option(envvar="COSYQ_SOURCE", help="The encoders' DIR or REPO@REV, to add voices over HTTP."),
     ] = None,
-    engine: Annotated[
-        Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"],
-        typer.Option(envvar="COSYQ_ENGINE", help="What multiplies."),
-    ] = "auto",
+    engine: Annotated[EngineName, typer.Option(envvar="COSYQ_ENGINE", help="What multiplies.")] = "auto",
     device: Annotated[str, typer.Option(envvar="COSYQ_DEVICE", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"], typer.Option(envvar="COSYQ_DTYPE", help="Of matrix products.")
-    ] = "auto",
+    dtype: Annotated[DtypeName, typer.Option(envvar="COSYQ_DTYPE", help="Of matrix products.")] = "auto",
 ) -> None:
     """Serve speech over HTTP as OpenAI's clients ask for it. Every option is also a variable, COSYQ_PORT and so on."""
     for name in unknown_variables(os.environ, context):

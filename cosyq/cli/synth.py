@@ -7,11 +7,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosyq.cli.console import ArtifactOption, Device, Json, choose_artifact, emit, note, peak_memory
+from cosyq.cli.console import (
+    ArtifactOption,
+    Device,
+    DtypeOption,
+    EngineOption,
+    Json,
+    choose_artifact,
+    emit,
+    note,
+    peak_memory,
+)
 from cosyq.cli.reading import arriving_stdin, open_input, read_text
 from cosyq.cli.voice import Source, make_voice
 from cosyq.errors import UsageError
@@ -43,12 +53,9 @@ def synth(
     prompt_text: Annotated[str, typer.Option(help="What is said in it.")] = "",
     source: Source = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
-    engine: Annotated[
-        Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"],
-        typer.Option(help="What multiplies; reference and unpacked are to compare with."),
-    ] = "auto",
+    engine: EngineOption = "auto",
     device: Device = "auto",
-    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Of matrix products.")] = "auto",
+    dtype: DtypeOption = "auto",
     as_json: Json = False,
 ) -> None:
     """Speak a text from an artifact."""
