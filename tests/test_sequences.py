@@ -107,7 +107,8 @@ def test_what_cannot_be_shown(artifact_of, voice):
         shown(requests, [replace(LINE, text="hello world. " * 30)], [voice])
     with pytest.raises(UsageError, match="no table for so many"):
         shown(requests, [LINE], [voice], steps=3)
+    assert len(shown(requests, [replace(LINE, tokens=(1,) * 20)], [voice])) == 1
     end = requests.artifact.manifest.model.llm.speech_vocab
-    for tokens, finish in (((), "length"), ((1,), "stop"), ((1,) * 4000, "length"), ((1, 2, 3, 4, 5, end), "stop")):
+    for tokens, finish in (((), "length"), ((1,), "stop"), ((1,) * 4000, "length"), ((*[1] * 19, end), "stop")):
         with pytest.raises(ArtifactError, match=r"hello world.*not ids"):
             shown(requests, [replace(LINE, tokens=tokens, finish=finish)], [voice])

@@ -4,15 +4,20 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import GOLDEN, REPOSITORY, make_artifact, refused
 
 from cosyq.artifact.edit import put_voice
 from cosyq.artifact.reader import open_artifact
 from cosyq.eval import metrics, run
+from cosyq.eval.metric import Series
 from cosyq.eval.sentences import sentences, spread
+from cosyq.eval.stages import Arithmetic
 from cosyq.random_model import SMALL, write_random
+from cosyq.sequences import Spoken
 
 CPU = ("--device", "cpu")
 EXACT = [metric.key for metric in metrics.EXACT]
@@ -131,6 +136,66 @@ def test_a_cache_that_cannot_be_written_is_said_before_anything_is_spoken(
     monkeypatch.setattr(run, "speak", None)
     arguments = ("--against", artifact_of("int8"), "--texts", texts, *CPU)
     refused(cli("eval", artifact_of("int8"), *arguments), 3, "cannot be written", "XDG_CACHE_HOME")
+
+
+def test_what_was_said_is_kept_for_all_that_decides_it(artifact_of, voice, kept, monkeypatch):
+    artifact, other = (open_artifact(artifact_of(recipe)) for recipe in ("int8", "nf4"))
+    spoken = []
+
+    def speak(reference, texts, voices, **_):
+        spoken.append(texts)
+        return [Spoken(text, voices[0].name, 0, (1,) * 20, "stop") for text in texts]
+
+    monkeypatch.setattr(run, "speak", speak)
+    monkeypatch.setattr(run, "load", lambda *_, **__: None)
+
+    def listen(reference=artifact, texts=("hello",), voice=voice, seed=0, **keywords):
+        arithmetic = Arithmetic(torch.device("cpu"))
+        heard = run.listen(
+            artifact, reference, texts, [voice], seed=seed, arithmetic=arithmetic, progress=lambda *_: None, **keywords
+        )
+        assert [item.spoken.text for item in heard] == list(texts)
+        return len(spoken)
+
+    assert (listen(), listen()) == (1, 1)
+    assert listen(reference=other) == 2
+    assert listen(texts=("one two",)) == 3
+    assert listen(voice=replace(voice, transcript="hello")) == 4
+    assert listen(seed=1) == 5
+    assert listen() == 5
+    assert len(list(kept.iterdir())) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, by the specification
+    monkeypatch.setenv("HOME", str(kept.parent))
+    assert (listen(), listen()) == (6, 6)
+    assert len(list((kept.parent / ".cache" / "cosyq" / "sequences").iterdir())) == 1
+
+
+def test_a_spoken_half_adds_what_it_found(artifact_of, tmp_path):
+    artifact, reference = (open_artifact(artifact_of(recipe)) for recipe in ("nf4", "fp32"))
+
+    def spoken(mine, other):
+        assert (mine.artifact, other.artifact) == (artifact, reference)
+        return [Series.of_means(metrics.MOS, [3.0, 3.0], [3.5, 4.0])], ("spoken",)
+
+    found = run.evaluate(
+        artifact,
+        reference,
+        ["hello"],
+        run.artifact_voices(artifact, 1),
+        seed=0,
+        arithmetic=Arithmetic(torch.device("cpu")),
+        progress=lambda *_: None,
+        sequences=tmp_path / "said.json",
+        spoken=spoken,
+    )
+    assert found.findings[-1].metric is metrics.MOS
+    assert found.findings[-1].difference.value == -0.75
+    assert found.findings[0].metric is metrics.KL
+    assert (len(found.exact), found.spoken) == (1, ("spoken",))
+    stages = ("llm.safetensors", "flow.safetensors", "vocoder.safetensors")
+    assert found.files == {name: artifact.manifest.files[name].sha256 for name in stages}
+    assert ("llm.head", "int8", 6761 * 64 + 6761 * 4 + 1) in [row[:3] for row in found.modules]
+    assert found.sample_rate == 24_000
 
 
 # ---- the sentences
