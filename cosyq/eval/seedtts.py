@@ -79,9 +79,8 @@ def _line(line: str, folder: Path, where: str) -> Line:
 
 def _inside(name: str, where: str) -> PurePosixPath:
     """A path that stays in the list's folder: a list is somebody else's, and what it names is opened."""
-    path = PurePosixPath(name)
-    windows = PureWindowsPath(name)
-    outside = path.is_absolute() or windows.drive or windows.root or ".." in (*path.parts, *windows.parts)
+    path, elsewhere = PurePosixPath(name), PureWindowsPath(name)  # which knows every root and separator there is
+    outside = elsewhere.drive or elsewhere.root or ".." in elsewhere.parts
     if not path.parts or outside or not _plain(name):
         raise UsageError(f"no path inside of the list's folder: {name!r:.60}", where=where)
     return path

@@ -55,6 +55,7 @@ GOOD = "a|words|a.wav|text\n"
         ("a|words|sub/../../a.wav|text\n", "no path inside"),
         ("a|words|/etc/passwd|text\n", "no path inside"),
         ("a|words|C:\\a.wav|text\n", "no path inside"),
+        ("a|words|C:a.wav|text\n", "no path inside"),
         ("a|words|..\\a.wav|text\n", "no path inside"),
         ("a|words||text\n", "no path inside"),
         ("a|words|a\0.wav|text\n", "no path inside"),

@@ -26,6 +26,12 @@ def test_a_voice_has_no_clicks(pitch):
     assert clicks(voiced(2.0, pitch=pitch), RATE) == 0
 
 
+def test_a_row_of_pulses_is_a_voice():
+    creak = np.zeros(2 * RATE, np.float32)
+    creak[:: RATE // 60] = 0.3
+    assert clicks(creak, RATE) == 0
+
+
 def test_noise_and_silence_have_no_clicks():
     noise = 0.1 * np.random.default_rng(0).standard_normal(2 * RATE).astype(np.float32)
     assert clicks(noise, RATE) == 0
@@ -65,12 +71,21 @@ def test_a_pause_is_measured_to_ten_milliseconds(seconds):
     assert span == pytest.approx(1.0 + seconds, abs=0.01)
 
 
-def test_loudness_does_not_matter_and_faint_hiss_is_silence():
-    wave = voiced(1.0)
-    hiss = 1e-4 * np.random.default_rng(0).standard_normal(RATE // 2).astype(np.float32)
-    loud = pauses(np.concatenate([wave, hiss, wave]), RATE)
-    assert loud[0] == pytest.approx(0.5, abs=0.01)
-    assert pauses(np.concatenate([wave, hiss, wave]) * np.float32(0.5), RATE) == loud
+@pytest.mark.parametrize(
+    ("speech", "hiss", "silent"),
+    [
+        (0.0, -80.0, True),
+        (9.0, -55.0, True),  # beside loud speech it is nothing
+        (-25.0, -55.0, False),
+        (-25.0, -75.0, True),  # beside faint speech it is something, but nobody hears it
+    ],
+)
+def test_what_is_silent_depends_on_what_is_loud(speech, hiss, silent):
+    """Loud frames are at -20 dB of full scale and `speech`; `hiss` is in dB of full scale."""
+    wave, rng = voiced(1.0) * np.float32(10 ** (speech / 20)), np.random.default_rng(0)
+    between = np.float32(10 ** (hiss / 20)) * rng.standard_normal(RATE // 2).astype(np.float32)
+    found, _ = pauses(np.concatenate([wave, between, wave]), RATE)
+    assert found == pytest.approx(0.5 if silent else 0.0, abs=0.01)
 
 
 def test_without_a_sound_there_is_no_span():
