@@ -13,7 +13,7 @@ from typing import Any
 
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.files import whole_file
-from cosyq.runtime.decode import Part
+from cosyq.runtime.decode import Part, Silence
 from cosyq.runtime.request import Manner, Requests
 from cosyq.runtime.synthesizer import Synthesizer
 from cosyq.voices.voice import Voice
@@ -38,11 +38,15 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Heard:
-    """An utterance with all that the networks are shown of it."""
+    """An utterance with all that the networks are shown of it.
+
+    audible: the ids that the flow is shown, in which long silences are shortened.
+    """
 
     spoken: Spoken
     manner: Manner
     part: Part
+    audible: tuple[int, ...]
 
     @property
     def voice(self) -> Voice:
@@ -81,22 +85,34 @@ def _drain(drawn: Any) -> tuple[tuple[int, ...], str]:
             return tuple(tokens), end.value
 
 
-def shown(requests: Requests, spoken: Iterable[Spoken], voices: Sequence[Voice]) -> list[Heard]:
+def shown(
+    requests: Requests, spoken: Iterable[Spoken], voices: Sequence[Voice], *, steps: int | None = None
+) -> list[Heard]:
     """What the networks are shown of each utterance, for an artifact with the same tokenizer and dimensions.
 
+    Args:
+        steps: Euler steps of the flow; None is the artifact's own choice.
+
     Raises:
-        UsageError: a voice is not among `voices`, or its text is not one utterance there.
+        UsageError: a voice is not among `voices`, a text is not one utterance there, or there is no table for `steps`.
+        ArtifactError: the ids are none that the artifact could have spoken.
     """
     by_name = {voice.name: voice for voice in voices}
+    config = requests.artifact.manifest.model.llm
     heard = []
     for item in spoken:
         if item.voice not in by_name:
             raise UsageError("the artifact lacks a voice that the reference spoke with", where=item.voice)
-        manner = requests.manner({"voice": by_name[item.voice], "seed": item.seed, "normalize": False})
+        manner = requests.manner({"voice": by_name[item.voice], "seed": item.seed, "steps": steps, "normalize": False})
         utterances = requests.utterances(item.text, manner)  # numbers and symbols are words in it already
         if len(utterances) != 1:
             raise UsageError("one utterance of the reference is several here", where=f"{item.text:.40}")
-        heard.append(Heard(item, manner, utterances[0].part))
+        part = utterances[0].part
+        least = part.minimum if item.finish == "stop" else 1
+        if not least <= len(item.tokens) <= part.maximum or max(item.tokens) >= config.speech_vocab:
+            raise ArtifactError("not ids that this model could have spoken", where=f"{item.text:.40}")
+        audible = tuple(filter(Silence(config.silent_tokens).lets_through, item.tokens))
+        heard.append(Heard(item, manner, part, audible))
     return heard
 
 
