@@ -49,7 +49,7 @@ def written(interval: Interval, *, signed: bool = False) -> str:
 
 
 def parted(interval: Interval, *, signed: bool = False) -> tuple[str, str]:
-    """The value and `[low, high]`, with two digits of the interval's half width; without a width, three of the value."""
+    """The value and `[low, high]`, in two digits of the interval's half width; without a width, in three of its own."""
     numbers = [interval.value, interval.low, interval.high]
     if not all(map(math.isfinite, numbers)):
         return "not finite", ""
