@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +22,8 @@ from cosyq.cli.console import (
     progress_bar,
 )
 from cosyq.cli.reading import read_text
-from cosyq.errors import UsageError
+from cosyq.cli.voice import encoders_folder
+from cosyq.errors import CheckpointError, NetworkError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
     from cosyq.artifact.manifest import Manifest
     from cosyq.artifact.reader import Artifact
     from cosyq.eval.evaluation import Evaluation
+    from cosyq.eval.likeness import Likeness
     from cosyq.eval.metric import Finding, Interval
+    from cosyq.eval.opinion import Opinion
+    from cosyq.eval.recognizers import Recognizer
+    from cosyq.eval.spoken import Voices
 
 
 def evaluate(
@@ -44,10 +49,23 @@ def evaluate(
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="Say these, one a line, in place of cosyq's own.")] = None,
     language: Annotated[
-        Literal["en", "zh"] | None, typer.Option(help="Of cosyq's own texts, only these; cosyq-mini reads en alone.")
+        str | None, typer.Option(help="Of cosyq's own texts, only the en or zh ones; of others, what they are in.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts, from all of the list.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 62) - 1, help="Of the utterances that are compared.")] = 0,
+    spoken: Annotated[bool, typer.Option("--spoken", help="Let both say the texts by themselves, too.")] = False,
+    recognizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:WHAT]",
+            help="Count the words understood, by pocketsphinx, whisper[:DIR], transformers:DIR or command:PROGRAM.",
+        ),
+    ] = None,
+    mos: Annotated[bool, typer.Option("--mos", help="Predict listeners' opinion with DistillMOS.")] = False,
+    test_list: Annotated[
+        Path | None,
+        typer.Option("--list", help="Say a list of SEED-TTS-eval's, each line like its recording; spoken alone."),
+    ] = None,
     sequences: Annotated[
         Path | None, typer.Option(help="Where to keep what the reference said; else in the user's cache.")
     ] = None,
@@ -57,36 +75,58 @@ def evaluate(
     ] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Measure what an artifact lost, stage by stage, with intervals; without chance, on what the reference says."""
+    """Measure what an artifact lost, stage by stage, with intervals; without chance, on what the reference says.
+
+    --recognizer, --mos and --list let both speak by themselves as well: what came of it in words, voice and sound.
+    """
     folder = choose_artifact(artifact)
+    if texts is not None and test_list is not None:
+        raise UsageError("one of them names the texts, not both", where="--texts, --list")
     given = None if texts is None else _lines(read_text(None, texts), texts)
 
     from cosyq.artifact.reader import open_artifact
     from cosyq.eval import run
-    from cosyq.eval.sentences import sentences, spread
+    from cosyq.eval.seedtts import AS_PUBLISHED, Prompts, read_list
+    from cosyq.eval.sentences import spread
+    from cosyq.eval.spoken import Judges
     from cosyq.eval.stages import Arithmetic
     from cosyq.runtime.engine import pick_device, pick_dtype
+    from cosyq.voices.enrol import Encoders
 
     opened, place = open_artifact(folder), pick_device(device)
-    if given is None:
-        languages: tuple[Literal["en", "zh"], ...] = ("en",) if opened.manifest.bundled else ("en", "zh")
-        given = [text for name in ([language] if language else languages) for text in sentences(name)]
-    said = spread(given, limit)
+    source = None if against is None or _is_artifact(against) else against  # of encoders
+    lines = [] if test_list is None else read_list(test_list, limit)
+    own = None if given or lines else _own_texts(opened.manifest, language)
+    said = [line.text for line in lines] or spread(given or own or [], limit)
+    judges = None
+    if spoken or recognizer or mos or lines:
+        judges = Judges(*_listeners(opened, source, str(place), recognizer, mos), None if own else language)
+        judges = replace(judges, scoring=AS_PUBLISHED) if lines else judges
+        judges.check(said)
+    voices: Voices = run.artifact_voices(opened, len(said))
+    if lines:
+        with progress_bar("reading prompts", unit="items") as progress:
+            encoders = Encoders(encoders_folder(opened, source))
+            voices = Prompts(lines, encoders, opened.manifest.model.flow, progress)
     with _reference(opened.manifest, against, place) as reference, progress_bar("measuring", unit="items") as progress:
         found = run.evaluate(
             opened,
             reference,
             said,
-            run.artifact_voices(opened, len(said)),
+            voices,
             seed=seed,
             arithmetic=Arithmetic(place, pick_dtype(dtype, place)),
             progress=progress,
             sequences=sequences,
+            exact=not lines,
+            judges=judges,
         )
     if as_json:
         emit(_report(found) | {"peak_memory_bytes": peak_memory(place)})
         return
     note(found.about)
+    for seat, name in found.extra.items():
+        note(f"{seat}: {name}")
     columns = ["metric", "unit", "artifact", "reference", "difference", "items", "for its claim"]
     print_table(f"{found.artifact} | {found.against}", columns, [_row(finding) for finding in found.findings])
 
@@ -98,14 +138,47 @@ def _lines(text: str, where: Path) -> list[str]:
     return lines
 
 
+def _own_texts(manifest: Manifest, language: str | None) -> list[str]:
+    """cosyq's own, in the languages that the model reads."""
+    from cosyq.eval.sentences import LANGUAGES, sentences
+
+    if language not in (*LANGUAGES, None):
+        raise UsageError("cosyq has no texts in it", where=f"--language {language}", remedy="give yours with --texts")
+    names = ("en",) if manifest.bundled else LANGUAGES
+    return [text for name in names if language in (name, None) for text in sentences(name)]
+
+
+def _listeners(
+    opened: Artifact, source: str | None, device: str, recognizer: str | None, mos: bool
+) -> tuple[Recognizer | None, Opinion | None, Likeness | None]:
+    """Those that were asked for, and the checkpoint's speaker encoder where it is to be had."""
+    from cosyq.eval import recognizers
+    from cosyq.eval.likeness import Likeness
+    from cosyq.eval.opinion import Opinion
+    from cosyq.voices.enrol import SPEAKER_ENCODER
+
+    named = recognizers.recognizer(recognizer, device) if recognizer else None
+    opinion = Opinion() if mos else None
+    try:
+        return named, opinion, Likeness(encoders_folder(opened, source, [SPEAKER_ENCODER]))
+    except (CheckpointError, NetworkError) as error:
+        note(f"without speaker similarity: {error}")
+        return named, opinion, None
+
+
+def _is_artifact(against: str) -> bool:
+    from cosyq.artifact.manifest import FILE_NAME
+
+    return against.startswith("hf://") or (Path(against) / FILE_NAME).is_file()
+
+
 @contextmanager
 def _reference(manifest: Manifest, against: str | None, device: torch.device) -> Iterator[Artifact]:
     """The artifact to measure against: the one that is named, or a checkpoint in float32, for as long as needed."""
-    from cosyq.artifact.manifest import FILE_NAME
     from cosyq.artifact.reader import open_artifact
     from cosyq.lossless import lossless, recipe_against
 
-    if against is not None and (against.startswith("hf://") or (Path(against) / FILE_NAME).is_file()):
+    if against is not None and _is_artifact(against):
         yield open_artifact(choose_artifact(against))
         return
     recipe = recipe_against(manifest, _source(manifest, against))
@@ -139,6 +212,7 @@ def _report(found: Evaluation) -> dict[str, Any]:
         "artifact": found.artifact,
         "against": found.against,
         "about": found.about,
+        "judges": found.extra,
         "findings": {
             finding.metric.key: {
                 "unit": finding.metric.unit,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -114,7 +115,13 @@ def make_voice(opened: Artifact, name: str, audio: Path, transcript: str, source
     return enrol(name, recording, transcript, Encoders(encoders_folder(opened, source)), opened.manifest.model.flow)
 
 
-def encoders_folder(opened: Artifact, source: str | None) -> Path:
+def encoders_folder(opened: Artifact, source: str | None, names: Sequence[str] | None = None) -> Path:
+    """Where the checkpoint's encoders are; of the Hub, the ones of these names are fetched, or all.
+
+    Raises:
+        CheckpointError: the artifact does not say where.
+        NetworkError: they cannot be fetched.
+    """
     from cosyq.hub.snapshot import fetch
     from cosyq.recipe import bundled_checkpoint
     from cosyq.voices.enrol import ENCODER_FILES
@@ -130,7 +137,7 @@ def encoders_folder(opened: Artifact, source: str | None) -> Path:
             "the artifact does not say where its encoders are", where=opened.folder, remedy="give --source DIR"
         )
     note(f"encoders: {repo}@{revision}")
-    return fetch(repo, revision, [(name,) for name in ENCODER_FILES])
+    return fetch(repo, revision, [(name,) for name in names or ENCODER_FILES])
 
 
 def _require(opened: Artifact, name: str) -> None:

@@ -21,12 +21,13 @@ EXACT = (KL, TOP1, NLL, STOP, FLOW_LSD, FLOW_MCD, VOCODER_STFT, CHAIN_LSD, CHAIN
 
 ERRORS = Metric("spoken.errors", "words (Chinese: characters) that a recognizer gets wrong", "%", "lower", 1.0)
 SIMILARITY = Metric("spoken.similarity", "cosine of the speaker vector with the voice's own", "", "higher", 0.01)
+TIMBRE = Metric("spoken.timbre", "one less the cosine of both sides' speaker vectors", "", "lower", 0.01)
 MOS = Metric("spoken.mos", "predicted mean opinion score", "", "higher", 0.1)
 DURATION = Metric("spoken.duration", "seconds an utterance", "s", "near", 0.05)
 RUNAWAY = Metric("spoken.runaway", "utterances that ran to their bound", "%", "lower", 1.0)
 TRUNCATED = Metric("spoken.truncated", "utterances that end before their last words", "%", "lower", 1.0)
 CLICKS = Metric("spoken.clicks", "clicks a minute", "", "lower", 1.0)
 SILENCE = Metric("spoken.silence", "of the time without sound, between the first and the last of it", "%", "near", 2.0)
-SPOKEN = (ERRORS, SIMILARITY, MOS, DURATION, RUNAWAY, TRUNCATED, CLICKS, SILENCE)
+SPOKEN = (ERRORS, SIMILARITY, TIMBRE, MOS, DURATION, RUNAWAY, TRUNCATED, CLICKS, SILENCE)
 
 METRICS = {metric.key: metric for metric in (*EXACT, *SPOKEN)}

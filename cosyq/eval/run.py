@@ -9,8 +9,9 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,27 +22,26 @@ from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.eval.evaluation import Compared, Evaluation
 from cosyq.eval.metric import Series, judge
+from cosyq.eval.spoken import Judges, Voices, speak_both
 from cosyq.eval.stages import Arithmetic, compare
 from cosyq.runtime.request import Requests, find_voice, voice_names
 from cosyq.runtime.synthesizer import Synthesizer, load
 from cosyq.sequences import Heard, Progress, Spoken, read_spoken, shown, speak, write_spoken
 from cosyq.voices.voice import Voice
 
-# Both sides speaking with ids of their own: the artifact, the reference -> series, utterances.
-SpokenHalf = Callable[[Synthesizer, Synthesizer], tuple[list[Series], tuple[Compared, ...]]]
-
 
 def evaluate(
     artifact: Artifact,
     reference: Artifact,
     texts: Sequence[str],
-    voices: Sequence[Voice],
+    voices: Voices,
     *,
     seed: int,
     arithmetic: Arithmetic,
     progress: Progress,
     sequences: Path | None = None,
-    spoken: SpokenHalf | None = None,
+    exact: bool = True,
+    judges: Judges | None = None,
 ) -> Evaluation:
     """Measure `artifact` against `reference`, which has the same dimensions and tokenizer.
 
@@ -49,31 +49,45 @@ def evaluate(
         texts: what is said, the voices taking turns.
         voices: of the artifact; see `artifact_voices`.
         sequences: the file that the reference's utterances are kept in; None is one in the user's cache.
-        spoken: adds what both say with ids of their own.
+        exact: show both what the reference said.
+        judges: let both say the texts with ids of their own, and these listen.
 
     Raises:
         UsageError: the two cannot be compared, or a text cannot be said.
         ArtifactError: one of them is damaged, or the sequences' file is another's or cannot be written.
         DeviceError: the device ran out of memory or of finite numbers.
     """
-    heard = listen(
-        artifact, reference, texts, voices, seed=seed, arithmetic=arithmetic, file=sequences, progress=progress
-    )
-    series, exact = compare(artifact, reference, heard, arithmetic, progress)
-    more: tuple[Compared, ...] = ()
-    if spoken is not None:
-        further, more = spoken(*(_synthesizer(side, arithmetic) for side in (artifact, reference)))
-        series = [*series, *further]
+    _check_pair(artifact, reference)
+    if judges is not None:
+        judges.check(texts)
+    series: list[Series] = []
+    about: list[str] = []
+    shown_both: tuple[Compared, ...] = ()
+    said_both: tuple[Compared, ...] = ()
+    if exact:
+        everyone = [voices[index] for index in range(len(voices))]
+        heard = listen(
+            artifact, reference, texts, everyone, seed=seed, arithmetic=arithmetic, file=sequences, progress=progress
+        )
+        series, shown_both = compare(artifact, reference, heard, arithmetic, progress)
+        steps = sum(len(item.spoken.tokens) for item in heard)
+        about.append(f"{len(heard)} utterances of {steps} speech ids that the reference spoke")
+    if judges is not None:
+        mine, other = (partial(_synthesizer, side, arithmetic) for side in (artifact, reference))
+        found, said_both = speak_both(mine, other, texts, voices, seed=seed, judges=judges, progress=progress)
+        series += found
+        about.append(f"{len(texts)} texts that both spoke")
     manifest = artifact.manifest
     return Evaluation(
         artifact=manifest.name,
         against=reference.manifest.name,
-        about=_about(heard, voices, seed, arithmetic),
+        about=_about(" and ".join(about), voices, seed, arithmetic),
         sample_rate=manifest.model.vocoder.sample_rate,
         findings=tuple(judge(item) for item in series),
         modules=tuple((m.name, str(m.format), m.bytes, m.rms_error) for m in manifest.modules),
-        exact=exact,
-        spoken=more,
+        exact=shown_both,
+        spoken=said_both,
+        extra=judges.names if judges is not None else {},
     )
 
 
@@ -97,11 +111,9 @@ def listen(
 
     Raises: as `evaluate`.
     """
-    mine, other = artifact.manifest, reference.manifest
-    if mine.model != other.model or mine.files[TOKENIZER_FILE].sha256 != other.files[TOKENIZER_FILE].sha256:
-        raise UsageError(f"{mine.name} and {other.name} are of models with other dimensions or another tokenizer")
+    steps = artifact.manifest.flow_steps[0]
     requests = Requests(reference)
-    requests.manner({"voice": voices[0], "steps": mine.flow_steps[0], "seed": seed})  # both can, or it is said here
+    requests.manner({"voice": voices[0], "steps": steps, "seed": seed})  # both can, or it is said here
     origin = _origin(reference, texts, voices, seed)
     place = file or _cache_folder() / f"{origin}.json"
     if place.exists():
@@ -110,7 +122,13 @@ def listen(
         _prepare(place.parent)
         spoken = _speak(reference, texts, voices, seed, arithmetic, progress)
         write_spoken(place, origin, spoken)
-    return shown(requests, spoken, voices, steps=mine.flow_steps[0])
+    return shown(requests, spoken, voices, steps=steps)
+
+
+def _check_pair(artifact: Artifact, reference: Artifact) -> None:
+    mine, other = artifact.manifest, reference.manifest
+    if mine.model != other.model or mine.files[TOKENIZER_FILE].sha256 != other.files[TOKENIZER_FILE].sha256:
+        raise UsageError(f"{mine.name} and {other.name} are of models with other dimensions or another tokenizer")
 
 
 def _speak(
@@ -165,12 +183,11 @@ def _unwritable(folder: Path, why: str) -> ArtifactError:
     )
 
 
-def _about(heard: Sequence[Heard], voices: Sequence[Voice], seed: int, arithmetic: Arithmetic) -> str:
-    steps = sum(len(item.spoken.tokens) for item in heard)
+def _about(what: str, voices: Voices, seed: int, arithmetic: Arithmetic) -> str:
     device = arithmetic.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{len(heard)} utterances of {steps} speech ids that the reference spoke (seed {seed}, "
-        f"{len(voices)} voices); {str(arithmetic.dtype).removeprefix('torch.')} on {place}, cosyq {cosyq.__version__}, "
-        f"torch {torch.__version__}, {datetime.date.today().isoformat()}. Intervals: 95 %, utterances redrawn."
+        f"{what} (seed {seed}, {len(voices)} voices); {str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
+        f"cosyq {cosyq.__version__}, torch {torch.__version__}, {datetime.date.today().isoformat()}. "
+        "Intervals: 95 %, utterances redrawn."
     )

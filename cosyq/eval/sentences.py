@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-Language = Literal["en", "zh"]
+LANGUAGES = ("en", "zh")
 
 
-def sentences(language: Language) -> list[str]:
-    """Of one language, short ones and long ones in turns; cosyq-mini was trained on none of them."""
+def sentences(language: str) -> list[str]:
+    """Of one of `LANGUAGES`, short ones and long ones in turns; cosyq-mini was trained on none of them."""
     return (Path(__file__).parent / "texts" / f"{language}.txt").read_text("utf-8").splitlines()
 
 

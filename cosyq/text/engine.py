@@ -33,6 +33,16 @@ def say(language: Language, written: str) -> str:
     return _normalizer(language).normalize(written)
 
 
+@lru_cache(maxsize=4096)
+def simplified(character: str) -> str:
+    """A Chinese character as simplified script writes it, whatever stands beside it.
+
+    Raises:
+        UsageError: wetext cannot be imported.
+    """
+    return _normalizer("zh").normalize(character, traditional_to_simple=True)
+
+
 @cache
 def _normalizer(language: Language) -> Any:
     try:

@@ -35,13 +35,16 @@ LONGEST_HELD = 2000  # characters of a sentence that is still being written
 _HALF_WIDTH = str.maketrans("０１２３４５６７８９％＄＋＝＃＆＠．", "0123456789%$+=#&@.")
 
 
-def normalize(text: str) -> str:
+def normalize(text: str, *, usual: str = "en") -> str:
     """`text` as it is said.
+
+    Args:
+        usual: the language of a text without letters, en or zh.
 
     Raises:
         UsageError: a span needs wetext, and wetext cannot be imported.
     """
-    return "".join(_read(language, run) for language, run in _runs(text))
+    return "".join(_read(language, run) for language, run in _runs(text, usual))
 
 
 def normalize_arriving(characters: Iterable[str]) -> Iterator[str]:
@@ -89,12 +92,12 @@ def _read(language: str, run: str) -> str:
     return reader.read(run.translate(_HALF_WIDTH))
 
 
-def _runs(text: str) -> Iterator[tuple[str, str]]:
+def _runs(text: str, usual: str) -> Iterator[tuple[str, str]]:
     """Sentences with their language, neighbours of one language together."""
-    usual = language = _language(text) or "en"
+    usual = language = language_of(text) or usual
     run: list[str] = []
     for sentence in sentences(text):
-        found = _language(sentence) or language
+        found = language_of(sentence) or language
         if found == "zh" and usual == "other":
             found = usual  # a Japanese sentence may have no kana
         if found != language and run:
@@ -105,7 +108,7 @@ def _runs(text: str) -> Iterator[tuple[str, str]]:
     yield language, "".join(run)
 
 
-def _language(text: str) -> str:
+def language_of(text: str) -> str:
     """en, zh, other, or nothing where there is no letter."""
     bare = _SYMBOL.sub("", _TAG.sub(" ", text))
     han, words = len(_HAN.findall(bare)), len(_WORD.findall(bare))

@@ -33,15 +33,27 @@ def encoder_files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: one is missing.
     """
-    files = {name: folder / name for name in ENCODER_FILES}
-    for path in files.values():
-        if not path.is_file():
-            raise CheckpointError("missing; a voice cannot be made of a recording without it", where=path)
-    return files
+    return {name: _present(folder / name) for name in ENCODER_FILES}
+
+
+class SpeakerEncoder:
+    """The checkpoint's speaker encoder alone: 28 MB, where the speech tokenizer is a gigabyte.
+
+    Raises:
+        CheckpointError: it is missing, or is not what its name says.
+    """
+
+    def __init__(self, folder: Path):
+        self._session = _session(_present(folder / SPEAKER_ENCODER), inputs=1)
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """samples [n] float32 at 16 kHz -> speaker vector [speaker_dim] float32."""
+        vector = _run(self._session, kaldi_fbank(samples)[None].numpy())
+        return torch.from_numpy(vector.reshape(-1).astype(np.float32))
 
 
 class Encoders:
-    """The checkpoint's speech tokenizer and speaker encoder.
+    """The checkpoint's speech tokenizer and `speaker` encoder.
 
     Raises:
         CheckpointError: they are missing, or are not what their names say.
@@ -50,7 +62,7 @@ class Encoders:
     def __init__(self, folder: Path):
         files = encoder_files(folder)
         self._tokenizer = _session(files[SPEECH_TOKENIZER], inputs=2)
-        self._speaker = _session(files[SPEAKER_ENCODER], inputs=1)
+        self.speaker = SpeakerEncoder(folder)
 
     def speech_tokens(self, samples: Tensor) -> Tensor:
         """samples [n] float32 at 16 kHz -> ids [about n / 640] int32, 25 a second."""
@@ -58,11 +70,6 @@ class Encoders:
         length = np.array([mel.shape[1]], dtype=np.int32)
         ids = _run(self._tokenizer, mel[None].numpy(), length)
         return torch.from_numpy(ids.reshape(-1).astype(np.int32))
-
-    def speaker(self, samples: Tensor) -> Tensor:
-        """samples [n] float32 at 16 kHz -> speaker vector [speaker_dim] float32."""
-        vector = _run(self._speaker, kaldi_fbank(samples)[None].numpy())
-        return torch.from_numpy(vector.reshape(-1).astype(np.float32))
 
 
 def check_take(name: str, recording: Recording, transcript: str) -> str:
@@ -106,6 +113,12 @@ def enrol(name: str, recording: Recording, transcript: str, encoders: Encoders, 
     )
     voice.check(config, name)
     return voice
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError("missing; a voice cannot be made of a recording without it", where=path)
+    return path
 
 
 def _letters(text: str) -> int:
