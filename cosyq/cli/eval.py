@@ -73,21 +73,29 @@ def evaluate(
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Of both sides' matrix products; fp32 adds no error.")
     ] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="An HTML page with all of it, and the sound.")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep it as eval.json in the artifact, for its card.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what an artifact lost, stage by stage, with intervals; without chance, on what the reference says.
 
     --recognizer, --mos and --list let both speak by themselves as well: what came of it in words, voice and sound.
     """
-    folder = choose_artifact(artifact)
+    folder = choose_artifact(artifact, to_change=save)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError("no file can be written there", where=output, remedy="name one, such as report.html")
     if texts is not None and test_list is not None:
         raise UsageError("one of them names the texts, not both", where="--texts, --list")
     given = None if texts is None else _lines(read_text(None, texts), texts)
 
     from cosyq.artifact.reader import open_artifact
     from cosyq.eval import run
+    from cosyq.eval.page import write_page
+    from cosyq.eval.record import RECORD_FILE, write_record
     from cosyq.eval.seedtts import AS_PUBLISHED, Prompts, read_list
-    from cosyq.eval.sentences import spread
+    from cosyq.eval.sentences import own_texts, spread
     from cosyq.eval.spoken import Judges
     from cosyq.eval.stages import Arithmetic
     from cosyq.runtime.engine import pick_device, pick_dtype
@@ -96,7 +104,7 @@ def evaluate(
     opened, place = open_artifact(folder), pick_device(device)
     source = None if against is None or _is_artifact(against) else against  # of encoders
     lines = [] if test_list is None else read_list(test_list, limit)
-    own = None if given or lines else _own_texts(opened.manifest, language)
+    own = None if given or lines else own_texts(opened.manifest, language)
     said = [line.text for line in lines] or spread(given or own or [], limit)
     judges = None
     if spoken or recognizer or mos or lines:
@@ -121,8 +129,14 @@ def evaluate(
             exact=not lines,
             judges=judges,
         )
+    record = folder / RECORD_FILE if save else None
+    if record is not None:
+        write_record(record, found)
+    if output is not None:
+        write_page(output, found)
     if as_json:
-        emit(_report(found) | {"peak_memory_bytes": peak_memory(place)})
+        written = {"page": output and str(output), "saved": record and str(record)}
+        emit(_report(found) | written | {"peak_memory_bytes": peak_memory(place)})
         return
     note(found.about)
     for seat, name in found.extra.items():
@@ -136,16 +150,6 @@ def _lines(text: str, where: Path) -> list[str]:
     if not lines:
         raise UsageError("holds no text", where=where, remedy="give one a line")
     return lines
-
-
-def _own_texts(manifest: Manifest, language: str | None) -> list[str]:
-    """cosyq's own, in the languages that the model reads."""
-    from cosyq.eval.sentences import LANGUAGES, sentences
-
-    if language not in (*LANGUAGES, None):
-        raise UsageError("cosyq has no texts in it", where=f"--language {language}", remedy="give yours with --texts")
-    names = ("en",) if manifest.bundled else LANGUAGES
-    return [text for name in names if language in (name, None) for text in sentences(name)]
 
 
 def _listeners(

@@ -72,6 +72,11 @@ class Chart:
     def width(self) -> int:
         return self.step * len(self.columns)
 
+    @property
+    def flat(self) -> bool:
+        """Nothing to draw: no module of it lost anything."""
+        return not any(column.error for column in self.columns)
+
 
 def charts(modules: Sequence[tuple[str, str, int, float]]) -> list[Chart]:
     """A chart a stage, all with one axis. A module without error has a column without height."""

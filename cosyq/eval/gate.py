@@ -75,7 +75,7 @@ def _misses(limit: Limit, finding: Finding) -> Iterator[Miss]:
         if not (kept and worst <= limit.max_difference):
             _, likely = harm(finding.metric, Interval(difference.value, difference.value, difference.value))
             allowed = f"worse by at most {limit.max_difference:g} {unit}"
-            yield _miss(key, difference, allowed, likely <= limit.max_difference, signed=True)
+            yield _miss(key, difference, allowed, likely <= limit.max_difference, signed=finding.reference is not None)
 
 
 def _miss(key: str, found: Interval, allowed: str, uncertain: bool, *, signed: bool = False) -> Miss:

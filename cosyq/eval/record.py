@@ -23,7 +23,7 @@ def record(evaluation: Evaluation) -> dict[str, Any]:
     evaluation gives the same record; texts and sound are left out.
     """
     return {
-        "about": evaluation.about,
+        "about": f"{evaluation.artifact} beside {evaluation.against}: {evaluation.about}",
         "columns": list(COLUMNS),
         "rows": [_row(finding) for finding in evaluation.findings],
         "artifact": evaluation.artifact,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import cosyq
-from cosyq.artifact.manifest import TOKENIZER_FILE
+from cosyq.artifact.manifest import STAGE_FILES, TOKENIZER_FILE
 from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.eval.evaluation import Compared, Evaluation
@@ -88,6 +88,7 @@ def evaluate(
         exact=shown_both,
         spoken=said_both,
         extra=judges.names if judges is not None else {},
+        files={name: manifest.files[name].sha256 for name in STAGE_FILES.values()},
     )
 
 

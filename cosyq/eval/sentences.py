@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cosyq.artifact.manifest import Manifest
+from cosyq.errors import UsageError
+
 LANGUAGES = ("en", "zh")
 
 
 def sentences(language: str) -> list[str]:
     """Of one of `LANGUAGES`, short ones and long ones in turns; cosyq-mini was trained on none of them."""
     return (Path(__file__).parent / "texts" / f"{language}.txt").read_text("utf-8").splitlines()
+
+
+def own_texts(manifest: Manifest, language: str | None = None) -> list[str]:
+    """Those in the languages that a model reads, or in one of them.
+
+    Raises:
+        UsageError: there are none in `language`.
+    """
+    if language not in (*LANGUAGES, None):
+        raise UsageError("cosyq has no texts in it", where=f"--language {language}", remedy="give yours with --texts")
+    names = ("en",) if manifest.bundled else LANGUAGES
+    return [text for name in names if language in (name, None) for text in sentences(name)]
 
 
 def spread(texts: list[str], limit: int | None) -> list[str]:
