@@ -16,6 +16,8 @@ from cosyq.files import whole_file
 from cosyq.runtime.decode import Part, Silence
 from cosyq.runtime.request import Manner, Requests
 from cosyq.runtime.synthesizer import Synthesizer
+from cosyq.text.prompt import placed_for_you
+from cosyq.text.tokenizer import END_OF_PROMPT
 from cosyq.voices.voice import Voice
 
 MAX_BYTES = 64 << 20
@@ -64,6 +66,8 @@ def speak(
     found: list[Spoken] = []
     for index, text in enumerate(texts):
         progress("speaking", index, len(texts))
+        if END_OF_PROMPT in text:
+            raise placed_for_you("text")
         voice = voices[index % len(voices)]
         manner = reference.requests.manner({"voice": voice, "seed": seed + index})
         for number, utterance in enumerate(reference.requests.utterances(text, manner)):
@@ -143,7 +147,7 @@ def read_spoken(path: Path, origin: str) -> list[Spoken]:
 
 def _spoken(item: dict[str, Any]) -> Spoken:
     text, voice, seed, tokens, finish = (item[key] for key in ("text", "voice", "seed", "tokens", "finish"))
-    sound = isinstance(text, str) and isinstance(voice, str) and isinstance(seed, int) and finish in ("stop", "length")
-    if not sound or not all(isinstance(token, int) and 0 <= token < 1 << 20 for token in tokens):
+    sound = isinstance(text, str) and isinstance(voice, str) and type(seed) is int and finish in ("stop", "length")
+    if not sound or not all(type(token) is int and 0 <= token < 1 << 20 for token in tokens):
         raise ValueError(f"not an utterance: {item!r:.80}")
     return Spoken(text, voice, seed, tuple(tokens), finish)

@@ -129,13 +129,14 @@ def evaluate(
             exact=not lines,
             judges=judges,
         )
-    record = folder / RECORD_FILE if save else None
-    if record is not None:
-        write_record(record, found)
+    written: dict[str, Any] = {}
+    if save:
+        write_record(folder / RECORD_FILE, found)
+        written["saved"] = str(folder / RECORD_FILE)
     if output is not None:
         write_page(output, found)
+        written["page"] = str(output)
     if as_json:
-        written = {"page": output and str(output), "saved": record and str(record)}
         emit(_report(found) | written | {"peak_memory_bytes": peak_memory(place)})
         return
     note(found.about)

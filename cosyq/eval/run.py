@@ -71,12 +71,12 @@ def evaluate(
         )
         series, shown_both = compare(artifact, reference, heard, arithmetic, progress)
         steps = sum(len(item.spoken.tokens) for item in heard)
-        about.append(f"{len(heard)} utterances of {steps} speech ids that the reference spoke")
+        about.append(f"{_counted(len(heard), 'utterance')} of {steps} speech ids that the reference spoke")
     if judges is not None:
         mine, other = (partial(_synthesizer, side, arithmetic) for side in (artifact, reference))
         found, said_both = speak_both(mine, other, texts, voices, seed=seed, judges=judges, progress=progress)
         series += found
-        about.append(f"{len(texts)} texts that both spoke")
+        about.append(f"{_counted(len(texts), 'text')} that both spoke")
     manifest = artifact.manifest
     return Evaluation(
         artifact=manifest.name,
@@ -188,7 +188,12 @@ def _about(what: str, voices: Voices, seed: int, arithmetic: Arithmetic) -> str:
     device = arithmetic.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{what} (seed {seed}, {len(voices)} voices); {str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
+        f"{what} (seed {seed}, {_counted(len(voices), 'voice')}); "
+        f"{str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
         f"cosyq {cosyq.__version__}, torch {torch.__version__}, {datetime.date.today().isoformat()}. "
         "Intervals: 95 %, utterances redrawn."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
