@@ -126,6 +126,7 @@ def test_speaking_cannot_quantize_again():
         ("kaldi_native_fbank", {"audio.features"}),
         ("wetext", {"text.engine"}),
         ("triton", {name for name, _ in modules() if name.startswith("kernels.")}),
+        ("jinja2", {"eval.page"}),
         ("soundfile", {"audio.recording", "audio.sinks"}),
         ("transformers", set()),
         ("torchaudio", set()),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from cosyq.audio.sinks import flac
 from cosyq.eval.evaluation import Compared, Evaluation, Rendition
@@ -43,8 +42,8 @@ def page(evaluation: Evaluation) -> str:
     formats = _formats(evaluation.modules)
     return environment.get_template("page.html").render(
         policy=_policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         artifact=_plain(evaluation.artifact),
         against=_plain(evaluation.against),
         about=_plain(evaluation.about),

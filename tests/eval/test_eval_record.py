@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import refused
+from conftest import GOLDEN, refused
 from evaluations import FILES, MODULES, evaluation, finding
 from stand_in_hub import REPO
 
@@ -154,3 +154,28 @@ def test_what_is_no_account_of_what_was_measured(measured, tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match="not a report"):
         read_report(tmp_path / "eval.json")
+
+
+def test_cosyq_eval_writes_page_and_record(hub, cli, scratch_artifact, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("hello\none two\n")
+    options = ("--against", GOLDEN, "--texts", texts, "--device", "cpu", "--json")
+    for where in (tmp_path, tmp_path / "none" / "report.html"):
+        refused(cli("eval", scratch_artifact, "-o", where, *options), 2, f"{where}: no file can be written there")
+    refused(cli("eval", "hf://me/tiny", "--save", *options), 2, "not changed in place")
+    report = tmp_path / "report.html"
+    code, out, err = cli("eval", scratch_artifact, "-o", report, "--save", *options)
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["page"], told["saved"]) == (str(report), str(scratch_artifact / "eval.json"))
+    kept = json.loads((scratch_artifact / "eval.json").read_text())
+    assert {finding["key"]: finding["value"] for finding in kept["findings"]} == {
+        key: finding["artifact"]["value"] for key, finding in told["findings"].items()
+    }
+    assert kept["extra"] == {}
+    page = report.read_text("utf-8")
+    assert page.count("<article") == 2
+    assert "hello" in page
+    assert cli("push", scratch_artifact, REPO)[0] == 0
+    assert "divergence of the next id" in hub.repositories[REPO].head()["README.md"].decode()
