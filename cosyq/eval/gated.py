@@ -6,7 +6,7 @@ What is refused is kept beside the output, with all that was found, and the outp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,12 @@ def _measure(recipe: Recipe, artifact: Artifact, judges: Judges | None, device: 
 @contextmanager
 def _full_precision(recipe: Recipe, artifact: Artifact, device: torch.device, bar: Bar) -> Iterator[Artifact]:
     named: dict[str, Any] = recipe.source.model_dump(include={"repo", "revision", "path", "bundled"})
-    with (
-        bar("reading the checkpoint") as progress,
-        # Beside the output, where there is room for artifacts: it takes the bytes of one in float32.
-        lossless(
-            recipe_against(artifact.manifest, named), device, progress, beside=artifact.folder.parent
-        ) as reference,
-    ):
+    full = recipe_against(artifact.manifest, named)
+    with ExitStack() as stack:
+        with bar("reading the checkpoint") as progress:
+            # Beside the output, where there is room for artifacts: it takes the bytes of one in float32.
+            beside = artifact.folder.parent
+            reference = stack.enter_context(lossless(full, device, progress, beside=beside))
         yield reference
 
 
