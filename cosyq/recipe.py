@@ -141,10 +141,12 @@ class Limit(_Strict):
 class Measuring(_Strict):
     """How much a gate measures. Fewer than eight utterances have no interval to speak of.
 
+    language: of cosyq's own texts, only the ones in it; cosyq-mini is given English alone.
     mos: predict listeners' opinion, which spoken.mos needs, as spoken.errors a recognizer.
     """
 
     sequences: Annotated[int, Field(ge=8, le=100_000)] = 32
+    language: Literal["en", "zh"] | None = None
     recognizer: RecognizerName | None = None
     mos: bool = False
 

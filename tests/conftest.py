@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a network
 os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is imported
 
+import numpy as np
 import pytest
 import stand_in
 import stand_in_hub
 import torch
 from chromium import chromium
 from huggingface_hub import constants
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+import cosyq
 from cosyq import build
 from cosyq.cli.main import run
 from cosyq.recipe import find_recipe, load_recipe
@@ -28,6 +32,7 @@ from cosyq.voices.voice import Voice
 
 REPOSITORY = Path(__file__).parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden" / "tiny-a"
+MINI_SAYS = "Could you please turn down the music a little?"
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +167,43 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def mini_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """cosyq-mini, quantized; not to be changed."""
+    path, output = find_recipe("mini"), tmp_path_factory.mktemp("mini") / "mini"
+    prepared = build.prepare(load_recipe(path), path.read_text("utf-8"))
+    build.run(prepared, output, torch.device("cpu"), force=False, progress=lambda *_: None)
+    return output
+
+
+@pytest.fixture(scope="session")
+def mini(mini_artifact: Path) -> cosyq.Synthesizer:
+    return cosyq.load(mini_artifact, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def mini_speech(mini: cosyq.Synthesizer) -> NDArray[np.float32]:
+    """`MINI_SAYS` in the default voice, [n] at 24 kHz."""
+    return mini.synthesize(MINI_SAYS, seed=0).samples
+
+
+@pytest.fixture
+def own_recognizer(tmp_path: Path) -> Callable[[str], str]:
+    """What to name a user's own recognizer by, that answers with a Python expression of `language` and `path`."""
+
+    def make(expression: str) -> str:
+        script = tmp_path / "own recognizer.py"
+        script.write_text(
+            "import sys, wave\n"
+            "for line in sys.stdin:\n"
+            "    language, path = line.rstrip('\\n').split('\\t')\n"
+            f"    print({expression}, flush=True)\n"
+        )
+        return f'command:{sys.executable} "{script}"'
+
+    return make
 
 
 def refused(result: tuple[int, str, str], code: int, *parts: str) -> str:

@@ -110,7 +110,10 @@ def test_shipped_recipes_are_valid(name):
         ("gate: {llm.kl: {max: true}}", r"gate\.llm\.kl\.max"),
         ("gate: {llm.kl: {max_difference: -1}}", r"gate\.llm\.kl\.max_difference"),
         ("evaluate: {sequences: 7}", r"evaluate\.sequences"),
-        ("evaluate: {sentences: 9}", r"evaluate\.sentences: unknown key, valid here: sequences, recognizer, mos"),
+        (
+            "evaluate: {sentences: 9}",
+            r"evaluate\.sentences: unknown key, valid here: sequences, language, recognizer, mos",
+        ),
         ("evaluate: {recognizer: 'command:x'}", r"evaluate\.recognizer"),
     ],
 )

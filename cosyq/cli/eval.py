@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from cosyq.eval.metric import Finding, Interval
     from cosyq.eval.opinion import Opinion
     from cosyq.eval.recognizers import Recognizer
-    from cosyq.eval.spoken import Voices
+    from cosyq.eval.seedtts import Line, Prompts
+
+OWN_ALOUD = 32  # of cosyq's own texts that both say, where no limit is given: it takes longer than all else
 
 
 def evaluate(
@@ -53,7 +55,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many texts, from all of the list.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 62) - 1, help="Of the utterances that are compared.")] = 0,
-    spoken: Annotated[bool, typer.Option("--spoken", help="Let both say the texts by themselves, too.")] = False,
+    spoken: Annotated[bool, typer.Option("--spoken", help="Let both say texts by themselves, too.")] = False,
     recognizer: Annotated[
         str | None,
         typer.Option(
@@ -94,40 +96,38 @@ def evaluate(
     from cosyq.eval import run
     from cosyq.eval.page import write_page
     from cosyq.eval.record import RECORD_FILE, write_record
-    from cosyq.eval.seedtts import AS_PUBLISHED, Prompts, read_list
+    from cosyq.eval.scoring import BY_WORDS
+    from cosyq.eval.seedtts import AS_PUBLISHED, read_list
     from cosyq.eval.sentences import own_texts, spread
-    from cosyq.eval.spoken import Judges
+    from cosyq.eval.spoken import Aloud, Judges
     from cosyq.eval.stages import Arithmetic
     from cosyq.runtime.engine import pick_device, pick_dtype
-    from cosyq.voices.enrol import Encoders
 
     opened, place = open_artifact(folder), pick_device(device)
     source = None if against is None or _is_artifact(against) else against  # of encoders
     lines = [] if test_list is None else read_list(test_list, limit)
-    own = None if given or lines else own_texts(opened.manifest, language)
-    said = [line.text for line in lines] or spread(given or own or [], limit)
-    judges = None
+    own = given is None and not lines
+    said = [line.text for line in lines] or spread(given or own_texts(opened.manifest.bundled, language), limit)
+    voices = run.artifact_voices(opened, len(said))
+    aloud = None
     if spoken or recognizer or mos or lines:
-        judges = Judges(*_listeners(opened, source, str(place), recognizer, mos), None if own else language)
-        judges = replace(judges, scoring=AS_PUBLISHED) if lines else judges
+        scoring = AS_PUBLISHED if lines else BY_WORDS
+        judges = Judges(*_listeners(opened, source, str(place), recognizer, mos), None if own else language, scoring)
         judges.check(said)
-    voices: Voices = run.artifact_voices(opened, len(said))
-    if lines:
-        with progress_bar("reading prompts", unit="items") as progress:
-            encoders = Encoders(encoders_folder(opened, source))
-            voices = Prompts(lines, encoders, opened.manifest.model.flow, progress)
+        aloud = Aloud(said, _prompts(opened, source, lines) if lines else voices, judges)
+        if own and limit is None:
+            aloud = replace(aloud, texts=spread(said, OWN_ALOUD))
     with _reference(opened.manifest, against, place) as reference, progress_bar("measuring", unit="items") as progress:
         found = run.evaluate(
             opened,
             reference,
-            said,
+            [] if lines else said,
             voices,
             seed=seed,
             arithmetic=Arithmetic(place, pick_dtype(dtype, place)),
             progress=progress,
             sequences=sequences,
-            exact=not lines,
-            judges=judges,
+            aloud=aloud,
         )
     written: dict[str, Any] = {}
     if save:
@@ -137,7 +137,8 @@ def evaluate(
         write_page(output, found)
         written["page"] = str(output)
     if as_json:
-        emit(_report(found) | written | {"peak_memory_bytes": peak_memory(place)})
+        size = sum(record.bytes for record in opened.manifest.files.values())
+        emit(_report(found) | written | {"bytes": size, "peak_memory_bytes": peak_memory(place)})
         return
     note(found.about)
     for seat, name in found.extra.items():
@@ -151,6 +152,14 @@ def _lines(text: str, where: Path) -> list[str]:
     if not lines:
         raise UsageError("holds no text", where=where, remedy="give one a line")
     return lines
+
+
+def _prompts(opened: Artifact, source: str | None, lines: list[Line]) -> Prompts:
+    from cosyq.eval.seedtts import Prompts
+    from cosyq.voices.enrol import Encoders
+
+    with progress_bar("reading prompts", unit="items") as progress:
+        return Prompts(lines, Encoders(encoders_folder(opened, source)), opened.manifest.model.flow, progress)
 
 
 def _listeners(
@@ -187,7 +196,9 @@ def _reference(manifest: Manifest, against: str | None, device: torch.device) ->
         yield open_artifact(choose_artifact(against))
         return
     recipe = recipe_against(manifest, _source(manifest, against))
-    with progress_bar("reading the checkpoint") as progress, lossless(recipe, device, progress) as reference:
+    with ExitStack() as stack:
+        with progress_bar("reading the checkpoint") as progress:
+            reference = stack.enter_context(lossless(recipe, device, progress))
         yield reference
 
 

@@ -28,7 +28,7 @@ from cosyq.eval.recognizers import recognizer
 from cosyq.eval.record import RECORD_FILE, write_record
 from cosyq.eval.run import artifact_voices, evaluate
 from cosyq.eval.sentences import own_texts, spread
-from cosyq.eval.spoken import Judges
+from cosyq.eval.spoken import Aloud, Judges
 from cosyq.eval.stages import Arithmetic
 from cosyq.hub.snapshot import fetch
 from cosyq.lossless import lossless, recipe_against
@@ -53,11 +53,14 @@ def run(prepared: Build, output: Path, device: torch.device, *, force: bool, bar
     aside = output.with_name(output.name + REJECTED)
     check_output(output, force=force)
     check_output(aside, force=True)
+    texts = spread(own_texts(recipe.source.bundled, recipe.evaluate.language), recipe.evaluate.sequences)
     judges = _judges(recipe, device)
+    if judges is not None:
+        judges.check(texts)
     with new_folder(output, force=force) as folder:
         with bar("packing") as progress:
             manifest = build.run(prepared, folder, device, force=True, progress=progress)
-        evaluation = _measure(recipe, open_artifact(folder), judges, device, bar)
+        evaluation = _measure(recipe, open_artifact(folder), texts, judges, device, bar)
         write_record(folder / RECORD_FILE, evaluation)
         if missed := gate.misses(recipe.gate, evaluation):
             write_page(folder / PAGE_FILE, evaluation)
@@ -86,18 +89,20 @@ def _encoders(recipe: Recipe) -> Path:
     return fetch(source.repo, source.revision, [(SPEAKER_ENCODER,)])
 
 
-def _measure(recipe: Recipe, artifact: Artifact, judges: Judges | None, device: torch.device, bar: Bar) -> Evaluation:
-    texts = spread(own_texts(artifact.manifest), recipe.evaluate.sequences)
+def _measure(
+    recipe: Recipe, artifact: Artifact, texts: list[str], judges: Judges | None, device: torch.device, bar: Bar
+) -> Evaluation:
+    voices = artifact_voices(artifact, len(texts))
     with _full_precision(recipe, artifact, device, bar) as reference, bar("measuring", unit="items") as progress:
         return evaluate(
             artifact,
             reference,
             texts,
-            artifact_voices(artifact, len(texts)),
+            voices,
             seed=0,
             arithmetic=Arithmetic(device),
             progress=progress,
-            judges=judges,
+            aloud=None if judges is None else Aloud(texts, voices, judges),
         )
 
 

@@ -158,10 +158,10 @@ class Transformers:
                 model=str(place),
                 device=device,
                 trust_remote_code=False,
-                model_kwargs={"use_safetensors": True, "local_files_only": True},
+                model_kwargs={"use_safetensors": True},
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot use it ({error})", where=place) from None
+        except Exception as error:  # there are types of their own for each way a file can be broken
+            raise CheckpointError(f"transformers cannot use it ({error!s:.160})", where=place) from None
         config = self._pipeline.model.generation_config if self._pipeline.model.can_generate() else None
         self._asks_language = bool(getattr(config, "is_multilingual", False))
         self.name = f"transformers {metadata.version('transformers')}, {place.name}"
@@ -188,15 +188,13 @@ class Command:
     languages = None
 
     def __init__(self, line: str, device: str):
-        words = shlex.split(line)
-        if not words:
-            raise UsageError(
-                "no program is named", where="command", remedy="use command:PROGRAM, quoted with arguments"
-            )
         try:
+            words = shlex.split(line)
+            if not words:
+                raise ValueError("no program is named")
             process: Any = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        except OSError as error:
-            raise UsageError(f"cannot be started ({error.strerror})", where=words[0]) from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot be started ({error})", where=f"command:{line}") from None
         self._asked, self._answers = process.stdin, process.stdout
         self.name = Path(words[0]).name
 

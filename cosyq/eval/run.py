@@ -22,7 +22,7 @@ from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.eval.evaluation import Compared, Evaluation
 from cosyq.eval.metric import Series, judge
-from cosyq.eval.spoken import Judges, Voices, speak_both
+from cosyq.eval.spoken import Aloud, speak_both
 from cosyq.eval.stages import Arithmetic, compare
 from cosyq.runtime.request import Requests, find_voice, voice_names
 from cosyq.runtime.synthesizer import Synthesizer, load
@@ -34,23 +34,21 @@ def evaluate(
     artifact: Artifact,
     reference: Artifact,
     texts: Sequence[str],
-    voices: Voices,
+    voices: Sequence[Voice],
     *,
     seed: int,
     arithmetic: Arithmetic,
     progress: Progress,
     sequences: Path | None = None,
-    exact: bool = True,
-    judges: Judges | None = None,
+    aloud: Aloud | None = None,
 ) -> Evaluation:
     """Measure `artifact` against `reference`, which has the same dimensions and tokenizer.
 
     Args:
-        texts: what is said, the voices taking turns.
+        texts: what the reference says and both are shown, the voices taking turns; none leaves that out.
         voices: of the artifact; see `artifact_voices`.
         sequences: the file that the reference's utterances are kept in; None is one in the user's cache.
-        exact: show both what the reference said.
-        judges: let both say the texts with ids of their own, and these listen.
+        aloud: what both say by themselves, too.
 
     Raises:
         UsageError: the two cannot be compared, or a text cannot be said.
@@ -58,36 +56,37 @@ def evaluate(
         DeviceError: the device ran out of memory or of finite numbers.
     """
     _check_pair(artifact, reference)
-    if judges is not None:
-        judges.check(texts)
+    if aloud is not None:
+        aloud.judges.check(aloud.texts)
     series: list[Series] = []
     about: list[str] = []
     shown_both: tuple[Compared, ...] = ()
     said_both: tuple[Compared, ...] = ()
-    if exact:
-        everyone = [voices[index] for index in range(len(voices))]
+    if texts:
         heard = listen(
-            artifact, reference, texts, everyone, seed=seed, arithmetic=arithmetic, file=sequences, progress=progress
+            artifact, reference, texts, voices, seed=seed, arithmetic=arithmetic, file=sequences, progress=progress
         )
         series, shown_both = compare(artifact, reference, heard, arithmetic, progress)
-        steps = sum(len(item.spoken.tokens) for item in heard)
-        about.append(f"{_counted(len(heard), 'utterance')} of {steps} speech ids that the reference spoke")
-    if judges is not None:
+        ids, who = sum(len(item.spoken.tokens) for item in heard), _counted(len(voices), "voice")
+        said = f"{_counted(len(heard), 'utterance')} of {ids} speech ids that the reference spoke"
+        about.append(f"{said} (seed {seed}, {who})")
+    if aloud is not None:
         mine, other = (partial(_synthesizer, side, arithmetic) for side in (artifact, reference))
-        found, said_both = speak_both(mine, other, texts, voices, seed=seed, judges=judges, progress=progress)
+        found, said_both = speak_both(mine, other, aloud, seed=seed, progress=progress)
         series += found
-        about.append(f"{_counted(len(texts), 'text')} that both spoke")
+        who = _counted(len(aloud.voices), "voice")
+        about.append(f"{_counted(len(aloud.texts), 'text')} that both spoke (seed {seed}, {who})")
     manifest = artifact.manifest
     return Evaluation(
         artifact=manifest.name,
         against=reference.manifest.name,
-        about=_about(" and ".join(about), voices, seed, arithmetic),
+        about=_about(" and ".join(about), arithmetic),
         sample_rate=manifest.model.vocoder.sample_rate,
         findings=tuple(judge(item) for item in series),
         modules=tuple((m.name, str(m.format), m.bytes, m.rms_error) for m in manifest.modules),
         exact=shown_both,
         spoken=said_both,
-        extra=judges.names if judges is not None else {},
+        extra=aloud.judges.names if aloud is not None else {},
         files={name: manifest.files[name].sha256 for name in STAGE_FILES.values()},
     )
 
@@ -184,12 +183,11 @@ def _unwritable(folder: Path, why: str) -> ArtifactError:
     )
 
 
-def _about(what: str, voices: Voices, seed: int, arithmetic: Arithmetic) -> str:
+def _about(what: str, arithmetic: Arithmetic) -> str:
     device = arithmetic.device
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return (
-        f"{what} (seed {seed}, {_counted(len(voices), 'voice')}); "
-        f"{str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
+        f"{what}; {str(arithmetic.dtype).removeprefix('torch.')} on {place}, "
         f"cosyq {cosyq.__version__}, torch {torch.__version__}, {datetime.date.today().isoformat()}. "
         "Intervals: 95 %, utterances redrawn."
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosyq.artifact.manifest import Manifest
 from cosyq.errors import UsageError
 
 LANGUAGES = ("en", "zh")
@@ -15,16 +14,16 @@ def sentences(language: str) -> list[str]:
     return (Path(__file__).parent / "texts" / f"{language}.txt").read_text("utf-8").splitlines()
 
 
-def own_texts(manifest: Manifest, language: str | None = None) -> list[str]:
-    """Those in the languages that a model reads, or in one of them.
+def own_texts(bundled: str | None, language: str | None) -> list[str]:
+    """Those in the languages that a model reads, `bundled` by name or the published one, or in one of them.
 
     Raises:
         UsageError: there are none in `language`.
     """
     if language not in (*LANGUAGES, None):
         raise UsageError("cosyq has no texts in it", where=f"--language {language}", remedy="give yours with --texts")
-    names = ("en",) if manifest.bundled else LANGUAGES
-    return [text for name in names if language in (name, None) for text in sentences(name)]
+    names = (language,) if language else ("en",) if bundled else LANGUAGES
+    return [text for name in names for text in sentences(name)]
 
 
 def spread(texts: list[str], limit: int | None) -> list[str]:

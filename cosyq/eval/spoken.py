@@ -84,6 +84,15 @@ class Judges:
 
 
 @dataclass(frozen=True)
+class Aloud:
+    """What both say by themselves, the voices taking turns, and who listens."""
+
+    texts: Sequence[str]
+    voices: Voices
+    judges: Judges
+
+
+@dataclass(frozen=True)
 class Mark:
     """What one side of an utterance adds to a metric: a total over a weight."""
 
@@ -114,14 +123,12 @@ class Judged:
 def speak_both(
     artifact: Callable[[], Synthesizer],
     reference: Callable[[], Synthesizer],
-    texts: Sequence[str],
-    voices: Voices,
+    aloud: Aloud,
     *,
     seed: int,
-    judges: Judges,
     progress: Progress,
 ) -> tuple[list[Series], tuple[Compared, ...]]:
-    """Say every text with both, the voices taking turns, text `i` from seed `seed + i`, and judge what is heard.
+    """Say every text with both, text `i` from seed `seed + i`, and judge what is heard.
 
     Series are in the order of `metrics.SPOKEN`; one that no utterance says anything of is left out.
 
@@ -132,35 +139,27 @@ def speak_both(
         UsageError: a text or a voice is not usable, or the recognizer is not.
         DeviceError: the device ran out of memory or of finite numbers.
     """
-    judges.check(texts)
-    mine = _speak("artifact", artifact(), texts, voices, seed, judges, progress)
-    other = _speak("reference", reference(), texts, voices, seed, judges, progress)
+    aloud.judges.check(aloud.texts)
+    mine = _speak("artifact", artifact(), aloud, seed, progress)
+    other = _speak("reference", reference(), aloud, seed, progress)
     compared = []
     for index, (one, two) in enumerate(zip(mine, other, strict=True)):
         if one.speaker is not None and two.speaker is not None:
             one.marks[metrics.TIMBRE.key] = Mark(distance(one.speaker, two.speaker))
-        compared.append(Compared(texts[index], one.voice, seed + index, one.rendition(), two.rendition()))
-    found = (_series(metric, mine, other) for metric in metrics.SPOKEN)
+        compared.append(Compared(aloud.texts[index], one.voice, seed + index, one.rendition(), two.rendition()))
+    found = (series_of(m, [mine] if m is metrics.TIMBRE else [mine, other]) for m in metrics.SPOKEN)
     return [series for series in found if series is not None], _quieter(compared)
 
 
-def _speak(
-    side: str,
-    synthesizer: Synthesizer,
-    texts: Sequence[str],
-    voices: Voices,
-    seed: int,
-    judges: Judges,
-    progress: Progress,
-) -> list[Judged]:
+def _speak(side: str, synthesizer: Synthesizer, aloud: Aloud, seed: int, progress: Progress) -> list[Judged]:
     judged = []
-    for index, text in enumerate(texts):
-        progress(f"{side} speaks, judges listen", index, len(texts))
-        voice = voices[index % len(voices)]
+    for index, text in enumerate(aloud.texts):
+        progress(f"{side} speaks, judges listen", index, len(aloud.texts))
+        voice = aloud.voices[index % len(aloud.voices)]
         audio = synthesizer.synthesize(text, voice=voice, seed=seed + index)
-        heard = hear(text, audio.samples, audio.sample_rate, audio.timings.finish, voice, judges)
+        heard = hear(text, audio.samples, audio.sample_rate, audio.timings.finish, voice, aloud.judges)
         judged.append(heard if index < HELD else replace(heard, samples=None))
-    progress(f"{side} speaks, judges listen", len(texts), len(texts))
+    progress(f"{side} speaks, judges listen", len(aloud.texts), len(aloud.texts))
     return judged
 
 
@@ -196,9 +195,8 @@ def hear(text: str, samples: Samples, rate: int, finish: str, voice: Voice | Non
     return Judged(voice.name if voice is not None else "", samples, finish, marks, understood, speaker)
 
 
-def _series(metric: Metric, artifact: Sequence[Judged], reference: Sequence[Judged]) -> Series | None:
-    """Over the utterances that tell of it on both sides, or on the artifact's of a distance."""
-    sides = [artifact] if metric is metrics.TIMBRE else [artifact, reference]
+def series_of(metric: Metric, sides: Sequence[Sequence[Judged]]) -> Series | None:
+    """A metric over the utterances that tell of it on every side, the artifact's and, if any, the reference's."""
     told = [pair for pair in zip(*sides, strict=True) if all(metric.key in judged.marks for judged in pair)]
     columns = [
         np.array([getattr(pair[side].marks[metric.key], field) for pair in told], np.float64)

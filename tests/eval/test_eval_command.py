@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from conftest import GOLDEN, REPOSITORY, make_artifact, refused
@@ -39,7 +40,10 @@ def measured(cli, *arguments):
 
 def test_against_the_checkpoint_it_was_made_from(cli, artifact_of, texts, kept, monkeypatch):
     report = measured(cli, artifact_of("nf4"), "--against", GOLDEN, "--texts", texts)
-    assert report.keys() == {"artifact", "against", "about", "judges", "findings", "peak_memory_bytes"}
+    assert report.keys() == {"artifact", "against", "about", "judges", "findings", "bytes", "peak_memory_bytes"}
+    assert report["bytes"] == sum(
+        p.stat().st_size for p in artifact_of("nf4").rglob("*.*") if p.name != "manifest.json"
+    )
     assert (report["artifact"], report["against"]) == ("fun-cosyvoice3-0.5b-nf4", "fp32")
     assert re.match(r"2 utterances of \d+ speech ids .* \(seed 0, 1 voice\); float32 on cpu", report["about"])
     found = report["findings"]
@@ -85,6 +89,15 @@ def test_every_voice_of_the_artifact_says_something(cli, artifact_of, voice, tex
     report = measured(cli, artifact, "--against", GOLDEN, "--texts", texts, "--sequences", sequences)
     assert [item["voice"] for item in json.loads(sequences.read_text())["spoken"]] == ["a", "b"]
     assert "2 voices" in report["about"]
+
+
+def test_on_a_terminal_one_bar_follows_the_other(cli, artifact_of, texts, monkeypatch):
+    """Two at once cannot be drawn, and end the command."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, _, err = cli("eval", artifact_of("int8"), "--against", GOLDEN, "--texts", texts, "--limit", "1", *CPU)
+    assert code == 0, err
+    found = [err.find(what) for what in ("reading the checkpoint", "measuring language model", "measuring vocoder")]
+    assert -1 < found[0] < found[1] < found[2]
 
 
 def test_what_is_refused(cli, artifact_of, texts, kept, tmp_path):

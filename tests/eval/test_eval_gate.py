@@ -125,7 +125,7 @@ def quantize(cli, output, *options, recipe=TINY, gate="{llm.kl: {max: 0.05}}"):
 
 def test_a_refused_artifact_is_kept_aside_with_all_that_was_found(cli, output, monkeypatch):
     """Measured indeed, on three short texts."""
-    monkeypatch.setattr(gated, "own_texts", lambda manifest: ["Yes.", "Good day.", "Come in."])
+    monkeypatch.setattr(gated, "own_texts", lambda *_: ["Yes.", "Good day.", "Come in."])
     limits = "{llm.kl: {max: 0}, vocoder.stft: {max: 0}}"
     result = quantize(cli, output, "--set", "evaluate.sequences=8", "--json", recipe=["mini"], gate=limits)
     line = refused(result, 3, f"{output}.rejected: refused by the recipe's gate: llm.kl is ", "allowed at most 0 nats")
@@ -142,6 +142,16 @@ def test_a_refused_artifact_is_kept_aside_with_all_that_was_found(cli, output, m
     page = (aside.folder / "report.html").read_text("utf-8")
     assert "<h3" in page
     assert page.count("<audio") == 6
+
+
+def test_a_judge_that_cannot_judge_is_said_before_anything_is_packed(cli, output, monkeypatch):
+    monkeypatch.setattr(gated, "build", None)
+    options = ("--set", "evaluate={recognizer: pocketsphinx}")
+    result = quantize(cli, output, *options, gate="{spoken.errors: {max_difference: 2}}")
+    refused(result, 2, "pocketsphinx", "knows en and not zh")
+    result = quantize(cli, output, "--set", "evaluate={recognizer: 'whisper:none'}", gate="{spoken.errors: {max: 2}}")
+    refused(result, 2, "whisper: ")
+    assert list(output.parent.iterdir()) == []
 
 
 @pytest.fixture

@@ -129,6 +129,27 @@ def test_every_metric_sees_what_was_packed(artifact_of, heard_of):
         assert len(item.artifact.samples) == len(item.reference.samples) == 960 * len(heard[index].audible)
 
 
+@pytest.mark.parametrize(
+    ("change", "moved"),
+    [
+        ("stages.llm.weights=nf4", {"llm.kl", "llm.nll", "llm.stop"}),
+        ("stages.flow.weights=nf4", {"flow.lsd", "flow.mcd", "chain.lsd", "chain.stft"}),
+        ("stages.vocoder.weights=bf16", {"vocoder.stft", "chain.lsd", "chain.stft"}),
+    ],
+)
+def test_a_stage_is_measured_by_itself(artifact_of, heard_of, change, moved):
+    reference = open_artifact(artifact_of("fp32"))
+    series, _ = compare(open_artifact(artifact_of("fp32", change)), reference, heard_of(reference)[:1], CPU, quiet)
+    lost = {
+        item.metric.key: float(item.artifact[0] - (item.reference[0] if item.reference is not None else 0))
+        for item in series
+    }
+    lost["llm.top1"] = 0.0  # in a few steps it may hold
+    assert {key for key, total in lost.items() if total} == moved
+    if "vocoder.stft" in moved:
+        assert lost["chain.stft"] == lost["vocoder.stft"]
+
+
 def test_only_the_worst_keep_their_sound(artifact_of, heard_of, monkeypatch):
     monkeypatch.setattr(stages, "SOUNDS", 1)
     reference = open_artifact(artifact_of("fp32"))
