@@ -20,6 +20,10 @@ Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 RepoId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
+MetricName = Annotated[str, StringConstraints(pattern=r"^[a-z]+\.[a-z0-9]+$")]
+# Not a program of the user's, as `cosyq eval` takes: whoever wrote a recipe runs nothing.
+RecognizerName = Annotated[str, StringConstraints(pattern=r"^(pocketsphinx|whisper|(whisper|transformers):.{1,500})$")]
+Bound = Annotated[float, Field(allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, le=100)]
 
 
@@ -117,6 +121,36 @@ class VoiceEntry(_Strict):
         return self
 
 
+class Limit(_Strict):
+    """What a metric of the artifact may be, and how much worse than the full-precision model's, in its own unit.
+
+    Its 95 % interval has to keep to it whole: by `eval.gate`, the bound that is worse counts, not the value.
+    """
+
+    max: Bound | None = None
+    min: Bound | None = None
+    max_difference: Annotated[Bound, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _limits(self) -> Limit:
+        if self.max is None and self.min is None and self.max_difference is None:
+            raise ValueError("give max, min or max_difference")
+        return self
+
+
+class Measuring(_Strict):
+    """How much a gate measures. Fewer than eight utterances have no interval to speak of.
+
+    language: of cosyq's own texts, only the ones in it; cosyq-mini is given English alone.
+    mos: predict listeners' opinion, which spoken.mos needs, as spoken.errors a recognizer.
+    """
+
+    sequences: Annotated[int, Field(ge=8, le=100_000)] = 32
+    language: Literal["en", "zh"] | None = None
+    recognizer: RecognizerName | None = None
+    mos: bool = False
+
+
 class Recipe(_Strict):
     version: Literal[1]
     name: Name
@@ -124,6 +158,8 @@ class Recipe(_Strict):
     stages: Stages
     rules: list[Rule] = Field(default_factory=list)
     voices: list[VoiceEntry] = Field(default_factory=list)
+    gate: dict[MetricName, Limit] = Field(default_factory=dict)
+    evaluate: Measuring = Measuring()
     output: str | None = None
 
     @model_validator(mode="after")
@@ -143,10 +179,12 @@ class Recipe(_Strict):
     def resolved(self) -> dict[str, Any]:
         """The recipe as it shapes the artifact's bytes: without the folders and addresses it happened to name.
 
-        A voice counts by name, transcript and sha256, which `voices.entries.pin` fills in.
+        A voice counts by name, transcript and sha256, which `voices.entries.pin` fills in. A gate lets an artifact
+        through or not, and changes nothing in it.
         """
+        not_in_bytes = dict.fromkeys(("output", "gate", "evaluate"), True)
         return self.model_dump(
-            exclude={"output": True, "source": {"path"}, "voices": {"__all__": {"file", "audio", "bundled"}}},
+            exclude={**not_in_bytes, "source": {"path"}, "voices": {"__all__": {"file", "audio", "bundled"}}},
         )
 
     def digest(self) -> str:
@@ -270,7 +308,7 @@ def _explain(error: ValidationError) -> str:
 def _valid_keys(location: tuple[Any, ...]) -> list[str]:
     model: Any = Recipe
     for part in location[:-1]:
-        if isinstance(part, int):
+        if isinstance(part, int) or part not in model.model_fields:  # an index, or a key of the reader's own choice
             continue
         annotation = model.model_fields[part].annotation
         inner = getattr(annotation, "__args__", (annotation,))

@@ -19,6 +19,7 @@ import pytest
 import stand_in
 import stand_in_hub
 import torch
+from chromium import chromium
 from huggingface_hub import constants
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -147,6 +148,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[stand_in_hub.H
 def offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, the Hub's client may not ask."""
     return lambda: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """A Chromium of its own for a test that is skipped where there is none."""
+    with chromium(tmp_path) as page_socket:
+        yield page_socket
 
 
 @pytest.fixture

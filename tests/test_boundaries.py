@@ -128,6 +128,7 @@ def test_speaking_cannot_quantize_again():
         ("kaldi_native_fbank", {"audio.features"}),
         ("wetext", {"text.engine"}),
         ("triton", {name for name, _ in modules() if name.startswith("kernels.")}),
+        ("jinja2", {"eval.page"}),
         ("soundfile", {"audio.recording", "audio.sinks"}),
         ("transformers", set()),  # and the recognizers: eval.recognizers imports what is named, by its name
         ("distillmos", {"eval.opinion"}),

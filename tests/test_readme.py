@@ -14,8 +14,9 @@ import yaml
 from conftest import GOLDEN, REPOSITORY
 
 from cosyq.cli.main import app
+from cosyq.eval.gate import check
 from cosyq.hub.client import files_folder
-from cosyq.recipe import find_recipe, load_recipe
+from cosyq.recipe import find_recipe, load_recipe, parse_recipe
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
 
@@ -195,6 +196,19 @@ def test_the_pipeline(demo, run, checkpoint, cache, hub):
     done = json.loads(run(push.replace("ME/", "me/"))[0])
     assert done["changed"]
     assert hub.repositories["me/my-voice-model"].branches["main"] == done["commit"]
+
+
+def test_what_it_lost(demo, run, monkeypatch):
+    """As written but for the placeholder and fewer texts, and a gate that nothing is measured for but its name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(demo / "cache"))
+    (line,) = [b.strip() for b in blocks("sh") if b.startswith("cosyq eval")]
+    run(line.replace("ARTIFACT", "artifacts/cosyq-mini") + " --limit 2")
+    assert (demo / "report.html").read_text("utf-8").count("<article") == 2
+    assert json.loads((demo / "artifacts" / "cosyq-mini" / "eval.json").read_text("utf-8"))["findings"]
+    (gate,) = [b for b in blocks("yaml") if b.startswith("gate:")]
+    recipe = parse_recipe(find_recipe("mini").read_text("utf-8") + gate, "README.md", [])
+    check(recipe)
+    assert recipe.gate.keys() == {"llm.kl", "flow.lsd"}
 
 
 def test_the_export(demo, run):

@@ -102,6 +102,19 @@ def test_shipped_recipes_are_valid(name):
             "voices: [{name: a, audoi: y}]",
             r"voices\.0\.audoi: unknown key, valid here: name, file, audio, bundled, transcript",
         ),
+        ("gate: {llm.kl: {maximum: 1}}", r"gate\.llm\.kl\.maximum: unknown key, valid here: max, min, max_difference"),
+        ("gate: {llm.kl: {}}", r"gate\.llm\.kl: give max, min or max_difference"),
+        ("gate: {llm.kl: 0.05}", r"gate\.llm\.kl"),
+        ("gate: {kl: {max: 1}}", r"gate\.kl\.\[key\]"),
+        ("gate: {llm.kl: {max: .nan}}", r"gate\.llm\.kl\.max.*finite"),
+        ("gate: {llm.kl: {max: true}}", r"gate\.llm\.kl\.max"),
+        ("gate: {llm.kl: {max_difference: -1}}", r"gate\.llm\.kl\.max_difference"),
+        ("evaluate: {sequences: 7}", r"evaluate\.sequences"),
+        (
+            "evaluate: {sentences: 9}",
+            r"evaluate\.sentences: unknown key, valid here: sequences, language, recognizer, mos",
+        ),
+        ("evaluate: {recognizer: 'command:x'}", r"evaluate\.recognizer"),
     ],
 )
 def test_what_is_wrong_is_named(change, message):
@@ -170,3 +183,10 @@ def test_no_value_gets_past_the_schema_or_breaks_it(value):
         except RecipeError:
             continue
         assert isinstance(recipe, Recipe)
+
+
+def test_a_gate_changes_nothing_in_the_artifact():
+    gated = parse(GOOD + "\ngate: {llm.kl: {max: 0.05, max_difference: 0.1}}\nevaluate: {sequences: 9}\n")
+    assert gated.gate["llm.kl"].max == 0.05
+    assert gated.resolved() == parse(GOOD).resolved()
+    assert gated.digest() == parse(GOOD).digest()

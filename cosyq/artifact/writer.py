@@ -10,7 +10,13 @@ from pathlib import Path
 
 from cosyq.errors import ArtifactError
 
+REJECTED = ".rejected"  # ends the name of a folder whose artifact a gate refused
 MARGIN = 16 << 20  # manifest, tokenizer and voices beside the planned tensors
+
+
+def passed(folder: Path) -> bool:
+    """Whether an artifact's folder is not one still being made, nor one that a gate refused."""
+    return not folder.name.startswith(".") and not folder.name.endswith(REJECTED)
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -35,6 +36,15 @@ def wav_header(sample_rate: int, samples: int | None = None) -> bytes:
     riff = OPEN_LENGTH if samples is None else 36 + data
     parts = (b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16, b"data", data)
     return struct.pack("<4sI4s4sIHHIIHH4sI", *parts)
+
+
+def flac(samples: NDArray[np.float32], sample_rate: int) -> bytes:
+    """A whole FLAC file of mono samples, [n] float32 in -1..1, in the 16 bits that any file of ours has."""
+    import soundfile
+
+    held = BytesIO()
+    soundfile.write(held, np.frombuffer(to_s16(samples), "<i2"), sample_rate, format="FLAC", subtype="PCM_16")
+    return held.getvalue()
 
 
 class PipeSink:

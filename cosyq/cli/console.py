@@ -72,13 +72,20 @@ def choose_artifact(given: str | None, *, to_change: bool = False) -> Path:
     """
     if named := given or os.environ.get("COSYQ_ARTIFACT"):
         return _fetched(named, to_change) if named.startswith("hf://") else Path(named)
-    found = sorted(DEFAULT_FOLDER.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    if not (found := made_artifacts()):
         raise ArtifactError(
             "no artifact there", where=DEFAULT_FOLDER, remedy="make one with `cosyq quantize int8`, or name one with -a"
         )
-    note(f"using {found[-1].parent}")
-    return found[-1].parent
+    note(f"using {found[-1]}")
+    return found[-1]
+
+
+def made_artifacts() -> list[Path]:
+    """The folders in artifacts/ that hold one, the newest last; none that is still being made or was refused."""
+    from cosyq.artifact.writer import passed
+
+    found = sorted(DEFAULT_FOLDER.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in found if passed(path.parent)]
 
 
 def _fetched(reference: str, to_change: bool) -> Path:

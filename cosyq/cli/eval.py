@@ -75,22 +75,30 @@ def evaluate(
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Of both sides' matrix products; fp32 adds no error.")
     ] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="An HTML page with all of it, and the sound.")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep it as eval.json in the artifact, for its card.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what an artifact lost, stage by stage, with intervals; without chance, on what the reference says.
 
     --recognizer, --mos and --list let both speak by themselves as well: what came of it in words, voice and sound.
     """
-    folder = choose_artifact(artifact)
+    folder = choose_artifact(artifact, to_change=save)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise UsageError("no file can be written there", where=output, remedy="name one, such as report.html")
     if texts is not None and test_list is not None:
         raise UsageError("one of them names the texts, not both", where="--texts, --list")
     given = None if texts is None else _lines(read_text(None, texts), texts)
 
     from cosyq.artifact.reader import open_artifact
     from cosyq.eval import run
+    from cosyq.eval.page import write_page
+    from cosyq.eval.record import RECORD_FILE, write_record
     from cosyq.eval.scoring import BY_WORDS
     from cosyq.eval.seedtts import AS_PUBLISHED, read_list
-    from cosyq.eval.sentences import spread
+    from cosyq.eval.sentences import own_texts, spread
     from cosyq.eval.spoken import Aloud, Judges
     from cosyq.eval.stages import Arithmetic
     from cosyq.runtime.engine import pick_device, pick_dtype
@@ -99,7 +107,7 @@ def evaluate(
     source = None if against is None or _is_artifact(against) else against  # of encoders
     lines = [] if test_list is None else read_list(test_list, limit)
     own = given is None and not lines
-    said = [line.text for line in lines] or spread(given or _own_texts(opened.manifest, language), limit)
+    said = [line.text for line in lines] or spread(given or own_texts(opened.manifest.bundled, language), limit)
     voices = run.artifact_voices(opened, len(said))
     aloud = None
     if spoken or recognizer or mos or lines:
@@ -121,9 +129,16 @@ def evaluate(
             sequences=sequences,
             aloud=aloud,
         )
+    written: dict[str, Any] = {}
+    if save:
+        write_record(folder / RECORD_FILE, found)
+        written["saved"] = str(folder / RECORD_FILE)
+    if output is not None:
+        write_page(output, found)
+        written["page"] = str(output)
     if as_json:
         size = sum(record.bytes for record in opened.manifest.files.values())
-        emit(_report(found) | {"bytes": size, "peak_memory_bytes": peak_memory(place)})
+        emit(_report(found) | written | {"bytes": size, "peak_memory_bytes": peak_memory(place)})
         return
     note(found.about)
     for seat, name in found.extra.items():
@@ -137,16 +152,6 @@ def _lines(text: str, where: Path) -> list[str]:
     if not lines:
         raise UsageError("holds no text", where=where, remedy="give one a line")
     return lines
-
-
-def _own_texts(manifest: Manifest, language: str | None) -> list[str]:
-    """cosyq's own, in the languages that the model reads."""
-    from cosyq.eval.sentences import LANGUAGES, sentences
-
-    if language not in (*LANGUAGES, None):
-        raise UsageError("cosyq has no texts in it", where=f"--language {language}", remedy="give yours with --texts")
-    names = (language,) if language else ("en",) if manifest.bundled else LANGUAGES
-    return [text for name in names for text in sentences(name)]
 
 
 def _prompts(opened: Artifact, source: str | None, lines: list[Line]) -> Prompts:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cosyq.cli.console import Device, Json, emit, host_peak, megabytes, note, print_table, progress_bar
 from cosyq.errors import RecipeError
+
+if TYPE_CHECKING:
+    from cosyq.eval.evaluation import Evaluation
 
 
 def quantize(
@@ -28,6 +33,10 @@ def quantize(
     path = find_recipe(recipe)
     changes = [*(overrides or []), *(_source_override(source) if source else [])]
     loaded = load_recipe(path, changes)
+    if loaded.gate:
+        from cosyq.eval import gate
+
+        gate.check(loaded)
     target = output or (Path(loaded.output) if loaded.output else Path("artifacts") / loaded.name)
 
     started = time.perf_counter()
@@ -53,8 +62,14 @@ def quantize(
             print_table(f"{loaded.name}: {megabytes(prepared.bytes)}", ["module", "rule", "format", "bytes"], rows)
         return
 
-    with progress_bar("packing") as progress:
-        manifest = build.run(prepared, target, place, force=force, progress=progress)
+    evaluation = None
+    if loaded.gate:
+        from cosyq.eval import gated
+
+        manifest, evaluation = gated.run(prepared, target, place, force=force, bar=progress_bar)
+    else:
+        with progress_bar("packing") as progress:
+            manifest = build.run(prepared, target, place, force=force, progress=progress)
     seconds = time.perf_counter() - started
     size = sum(record.bytes for record in manifest.files.values())
     worst = max(manifest.modules, key=lambda record: record.rms_error)
@@ -68,12 +83,22 @@ def quantize(
                 "device": manifest.device,
                 "recipe_sha256": manifest.recipe_sha256,
                 "largest_error": {"module": worst.name, "rms_error": worst.rms_error},
+                "gate": None if evaluation is None else _gated(loaded.gate, evaluation),
             }
         )
         return
     note(f"{megabytes(size)} in {seconds:.1f} s on {manifest.device}")
     note(f"largest error {worst.rms_error:.2%} ({worst.name})")
+    if evaluation is not None:
+        note(f"kept to its gate: {', '.join(loaded.gate)}")
     print(target)
+
+
+def _gated(limits: Iterable[str], evaluation: Evaluation) -> dict[str, Any]:
+    """The metrics that there was a limit on: what let it through."""
+    found = {finding.metric.key: finding for finding in evaluation.findings}
+    sides = ("artifact", "difference")
+    return {key: {side: asdict(getattr(found[key], side)) for side in sides} for key in limits}
 
 
 def _source_override(source: str) -> list[str]:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosyq.cli.console import DEFAULT_FOLDER, ArtifactOption, DtypeName, EngineName, choose_artifact, note
+from cosyq.cli.console import (
+    DEFAULT_FOLDER,
+    ArtifactOption,
+    DtypeName,
+    EngineName,
+    choose_artifact,
+    made_artifacts,
+    note,
+)
 from cosyq.errors import ArtifactError, CosyqError, UsageError
 
 if TYPE_CHECKING:
@@ -134,15 +142,14 @@ def _folder(given: str | None) -> Path:
         raise UsageError("not understood", where=str(error), remedy=remedy) from None
     if formats is None or given is not None or os.environ.get("COSYQ_ARTIFACT"):
         return choose_artifact(given)
-    found = [path for path in DEFAULT_FOLDER.glob("*/manifest.json") if _weights(path.parent) in formats]
+    found = [folder for folder in made_artifacts() if _weights(folder) in formats]
     if not found:
         wanted = " or ".join(sorted(formats))
         raise ArtifactError(
             f"no artifact with {wanted} there", where=DEFAULT_FOLDER, remedy="`cosyq quantize` makes one"
         )
-    folder = max(found, key=lambda path: path.stat().st_mtime).parent
-    note(f"using {folder}")
-    return folder
+    note(f"using {found[-1]}")
+    return found[-1]
 
 
 def _weights(folder: Path) -> str:

@@ -131,7 +131,7 @@ def llm_shares(item: Heard, speech_vocab: int, artifact: Tensor, reference: Tens
     steps = len(happened)
     shares = [
         Share(metrics.KL, steps, float(divergence(other, mine).sum())),
-        Share(metrics.TOP1, steps, 100 * int(agreement(other, mine).sum())),
+        Share(metrics.TOP1, steps, 100 * int(agreement(other, mine).sum()), 100 * steps),  # of itself, all
         Share(metrics.NLL, steps, float(surprise(mine, happened).sum()), float(surprise(other, happened).sum())),
     ]
     if stops:

@@ -117,7 +117,8 @@ def _packed(manifest: Manifest) -> str:
 def _measured(title: str, report: Report | None) -> str:
     if report is None:
         return f"## {title}\n\nNot measured."
-    return f"## {title}\n\n{_cell(report.about)}\n\n{_table(report.columns, report.rows)}"
+    whose = "\n\nMeasured on the weights whose hashes are below." if report.measured else ""
+    return f"## {title}\n\n{_cell(report.about)}\n\n{_table(report.columns, report.rows)}{whose}"
 
 
 def _limits(origin: Origin | None) -> str:

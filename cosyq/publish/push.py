@@ -16,7 +16,7 @@ from cosyq.hub.push import Pushed
 from cosyq.hub.push import push as commit
 from cosyq.publish.card import CARD_FILE, model_card
 from cosyq.publish.reference import parse
-from cosyq.publish.reports import REPORT_FILES, read_report
+from cosyq.publish.reports import REPORT_FILES, check_measured, read_report
 
 _VOICE = re.compile(rf"{VOICE_FOLDER}/[^/]+\.safetensors")
 _FIXED = {FILE_NAME, RECIPE_FILE, TOKENIZER_FILE, CARD_FILE, *STAGE_FILES.values(), *REPORT_FILES}
@@ -29,7 +29,7 @@ def push(
 
     Raises:
         UsageError: no repository can have that name.
-        ArtifactError: it is not whole, or a report in it cannot be read.
+        ArtifactError: it is not whole, or a report in it cannot be read or is of other weights.
         NetworkError: see `hub.push.push`.
     """
     if "@" in repo:
@@ -53,6 +53,8 @@ def contents(artifact: Artifact, repo: str, *, with_voices: bool) -> dict[str, P
     manifest = published.manifest
     reports = {name: artifact.folder / name for name in REPORT_FILES if (artifact.folder / name).is_file()}
     tables = {name: read_report(path) for name, path in reports.items()}
+    for name, report in tables.items():
+        check_measured(report, manifest, reports[name])
     files: dict[str, Path | bytes] = {name: artifact.folder / name for name in manifest.files}
     return {
         **files,

@@ -20,6 +20,7 @@ from typing import Any
 import av
 import numpy as np
 import openai
+from waiting import wait_for
 
 from cosyq.server.run import Server, listen
 from cosyq.server.service import Loader, Service
@@ -95,14 +96,6 @@ def until_cancelled(speech: Speech, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not speech.cancelled and time.monotonic() < deadline:
         time.sleep(0.002)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-    return found
 
 
 @dataclass

@@ -1,79 +1,13 @@
-"""The page in a headless Chromium, where there is one: COSYQ_CHROMIUM names it, or PATH has it."""
+"""The page in a headless Chromium, where there is one."""
 
-import itertools
-import json
-import os
-import shutil
-import subprocess
 import time
-import urllib.request
-from pathlib import Path
 
 import pytest
+from chromium import CHROMIUM, Page
 from serving import Scripted, running, tone, wait_for
 from websockets.sync.client import connect
 
-CHROMIUM = os.environ.get("COSYQ_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
-
-
-class Page:
-    """One page over the DevTools protocol; notes what it asks for and what it complains about."""
-
-    def __init__(self, socket):
-        self._socket, self._numbers = socket, itertools.count(1)
-        self.asked, self.complaints = [], []
-        for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        number = next(self._numbers)
-        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
-        while True:
-            message = json.loads(self._socket.recv(timeout=30))
-            if message.get("id") == number:
-                assert "error" not in message, message
-                return message["result"]
-            self._note(message)
-
-    def _note(self, message):
-        match message["method"]:
-            case "Network.requestWillBeSent":
-                self.asked.append(message["params"]["request"]["url"])
-            case "Runtime.exceptionThrown":
-                self.complaints.append(message["params"]["exceptionDetails"])
-            case "Log.entryAdded":
-                self.complaints.append(message["params"]["entry"]["text"])
-
-    def do(self, script):
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, userGesture=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def reads(self, element, part):
-        wait_for(lambda: part in (self.do(f"document.getElementById('{element}').value ?? ''") or ""))
-        return self.do(f"document.getElementById('{element}').value")
-
-
-@pytest.fixture
-def browser(tmp_path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-proxy-server"]
-    flags += [
-        "--disable-dev-shm-usage",
-        "--autoplay-policy=no-user-gesture-required",
-        f"--user-data-dir={tmp_path}/profile",
-    ]
-    process = subprocess.Popen([CHROMIUM, *flags, "about:blank"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    port_file = Path(tmp_path, "profile", "DevToolsActivePort")
-    wait_for(lambda: port_file.exists() and port_file.read_text().strip(), 60)
-    port = int(port_file.read_text().split()[0])
-    yield lambda: next(
-        tab["webSocketDebuggerUrl"]
-        for tab in json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
-        if tab["type"] == "page"
-    )
-    process.terminate()
-    process.wait(20)
 
 
 class Growing(Scripted):
