@@ -18,13 +18,14 @@ from cosyq.artifact.manifest import Manifest
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.build import Progress
 from cosyq.recipe import Recipe, Source, Stages
+from cosyq.voices.enrol import ENCODER_FILES
 
 FP32 = "fp32"
 
 
 def lossless_recipe(recipe: Recipe) -> Recipe:
     """The same checkpoint and Euler steps, nothing quantized, no voices."""
-    return _recipe(recipe.name, recipe.source, recipe.stages.flow.steps)
+    return _recipe(recipe.source, recipe.stages.flow.steps)
 
 
 def recipe_against(manifest: Manifest, source: dict[str, Any] | None = None) -> Recipe:
@@ -38,14 +39,17 @@ def recipe_against(manifest: Manifest, source: dict[str, Any] | None = None) -> 
     """
     recorded = manifest.recipe["source"]
     place = source or {key: recorded.get(key) for key in ("repo", "revision", "bundled")}
-    origin = Source.model_validate({**place, "llm": recorded["llm"], "sha256": manifest.source.files})
-    return _recipe(manifest.name, origin, list(manifest.flow_steps))
+    pins = {name: sha256 for name, sha256 in manifest.source.files.items() if name not in ENCODER_FILES}
+    origin = Source.model_validate({**place, "llm": recorded["llm"], "sha256": pins})
+    return _recipe(origin, list(manifest.flow_steps))
 
 
-def _recipe(name: str, source: Source, steps: list[int]) -> Recipe:
+def _recipe(source: Source, steps: list[int]) -> Recipe:
+    """Its name is the checkpoint's: what is made for one artifact is the same for any other of it."""
+    name = source.bundled or (source.repo or "").rpartition("/")[2]
     weights = {"weights": FP32}
     stages = Stages.model_validate({"llm": weights, "flow": {**weights, "steps": steps}, "vocoder": weights})
-    return Recipe(version=1, name=f"{name[:90]}-{FP32}", source=source, stages=stages)
+    return Recipe(version=1, name=f"{name[:90]}-{FP32}" if name else FP32, source=source, stages=stages)
 
 
 @contextmanager

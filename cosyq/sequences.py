@@ -13,9 +13,11 @@ from typing import Any
 
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.files import whole_file
-from cosyq.runtime.decode import Part
+from cosyq.runtime.decode import Part, Silence
 from cosyq.runtime.request import Manner, Requests
 from cosyq.runtime.synthesizer import Synthesizer
+from cosyq.text.prompt import placed_for_you
+from cosyq.text.tokenizer import END_OF_PROMPT
 from cosyq.voices.voice import Voice
 
 MAX_BYTES = 64 << 20
@@ -38,11 +40,15 @@ class Spoken:
 
 @dataclass(frozen=True)
 class Heard:
-    """An utterance with all that the networks are shown of it."""
+    """An utterance with all that the networks are shown of it.
+
+    audible: the ids that the flow is shown, in which long silences are shortened.
+    """
 
     spoken: Spoken
     manner: Manner
     part: Part
+    audible: tuple[int, ...]
 
     @property
     def voice(self) -> Voice:
@@ -60,6 +66,8 @@ def speak(
     found: list[Spoken] = []
     for index, text in enumerate(texts):
         progress("speaking", index, len(texts))
+        if END_OF_PROMPT in text:
+            raise placed_for_you("text")
         voice = voices[index % len(voices)]
         manner = reference.requests.manner({"voice": voice, "seed": seed + index})
         for number, utterance in enumerate(reference.requests.utterances(text, manner)):
@@ -81,22 +89,34 @@ def _drain(drawn: Any) -> tuple[tuple[int, ...], str]:
             return tuple(tokens), end.value
 
 
-def shown(requests: Requests, spoken: Iterable[Spoken], voices: Sequence[Voice]) -> list[Heard]:
+def shown(
+    requests: Requests, spoken: Iterable[Spoken], voices: Sequence[Voice], *, steps: int | None = None
+) -> list[Heard]:
     """What the networks are shown of each utterance, for an artifact with the same tokenizer and dimensions.
 
+    Args:
+        steps: Euler steps of the flow; None is the artifact's own choice.
+
     Raises:
-        UsageError: a voice is not among `voices`, or its text is not one utterance there.
+        UsageError: a voice is not among `voices`, a text is not one utterance there, or there is no table for `steps`.
+        ArtifactError: the ids are none that the artifact could have spoken.
     """
     by_name = {voice.name: voice for voice in voices}
+    config = requests.artifact.manifest.model.llm
     heard = []
     for item in spoken:
         if item.voice not in by_name:
             raise UsageError("the artifact lacks a voice that the reference spoke with", where=item.voice)
-        manner = requests.manner({"voice": by_name[item.voice], "seed": item.seed, "normalize": False})
+        manner = requests.manner({"voice": by_name[item.voice], "seed": item.seed, "steps": steps, "normalize": False})
         utterances = requests.utterances(item.text, manner)  # numbers and symbols are words in it already
         if len(utterances) != 1:
             raise UsageError("one utterance of the reference is several here", where=f"{item.text:.40}")
-        heard.append(Heard(item, manner, utterances[0].part))
+        part = utterances[0].part
+        least = part.minimum if item.finish == "stop" else 1
+        if not least <= len(item.tokens) <= part.maximum or max(item.tokens) >= config.speech_vocab:
+            raise ArtifactError("not ids that this model could have spoken", where=f"{item.text:.40}")
+        audible = tuple(filter(Silence(config.silent_tokens).lets_through, item.tokens))
+        heard.append(Heard(item, manner, part, audible))
     return heard
 
 
@@ -127,7 +147,7 @@ def read_spoken(path: Path, origin: str) -> list[Spoken]:
 
 def _spoken(item: dict[str, Any]) -> Spoken:
     text, voice, seed, tokens, finish = (item[key] for key in ("text", "voice", "seed", "tokens", "finish"))
-    sound = isinstance(text, str) and isinstance(voice, str) and isinstance(seed, int) and finish in ("stop", "length")
-    if not sound or not all(isinstance(token, int) and 0 <= token < 1 << 20 for token in tokens):
+    sound = isinstance(text, str) and isinstance(voice, str) and type(seed) is int and finish in ("stop", "length")
+    if not sound or not all(type(token) is int and 0 <= token < 1 << 20 for token in tokens):
         raise ValueError(f"not an utterance: {item!r:.80}")
     return Spoken(text, voice, seed, tuple(tokens), finish)

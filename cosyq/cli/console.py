@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -88,15 +88,16 @@ def _fetched(reference: str, to_change: bool) -> Path:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A callback (what, done, total or None) that draws a bar of bytes on a terminal, and is silent elsewhere."""
+def progress_bar(title: str, *, unit: Literal["bytes", "items"] = "bytes") -> Iterator[Callable[..., None]]:
+    """A callback (what, done, total or None) that draws a bar on a terminal, and is silent elsewhere."""
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
     # stdout stays what it is: rich would send what is printed meanwhile to stderr with the bar.
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as progress:
         task = progress.add_task(title)

@@ -16,6 +16,7 @@ from cosyq.cli import (
     convert,
     diff,
     doctor,
+    eval,
     export,
     inspect,
     pull,
@@ -46,6 +47,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
+app.command("eval")(eval.evaluate)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)

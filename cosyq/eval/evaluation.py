@@ -54,3 +54,4 @@ class Evaluation:
     exact: tuple[Compared, ...] = ()  # of the reference's own ids
     spoken: tuple[Compared, ...] = ()  # with ids of their own
     extra: dict[str, str] = field(default_factory=dict)  # recognizer, MOS predictor, their versions
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of the artifact's stage files: what was measured

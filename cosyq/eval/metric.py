@@ -89,14 +89,18 @@ def judge(series: Series, *, seed: int = 0) -> Finding:
     The same series gives the same finding.
 
     Raises:
-        ValueError: there is no item, the sides do not match, or no weight is positive.
+        ValueError: there is no item, the sides do not match, a number is not finite, or no weight is positive.
     """
     count = len(series.artifact)
     sides = [(series.artifact, series.artifact_weights)]
+    if (series.reference is None) != (series.reference_weights is None):
+        raise ValueError(f"{series.metric.key}: the reference has totals without weights, or weights without totals")
     if series.reference is not None and series.reference_weights is not None:
         sides.append((series.reference, series.reference_weights))
     if count == 0 or any(len(part) != count for side in sides for part in side):
         raise ValueError(f"{series.metric.key}: {count} items on one side, other counts beside them")
+    if not all(np.isfinite(part).all() for side in sides for part in side):
+        raise ValueError(f"{series.metric.key}: an item is not a finite number")
     if any(weights.sum() <= 0 for _, weights in sides):
         raise ValueError(f"{series.metric.key}: nothing to divide by")
     drawn = np.random.default_rng(seed).integers(0, count, (DRAWS, count))

@@ -168,35 +168,52 @@ class TorchEngine:
     ) -> Tensor:
         return self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0]
 
-    @torch.inference_mode()
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
-        return [
-            finite(
-                self.flow(
-                    chunk.ids.to(self.device),
-                    chunk.voice.speaker.to(self.device),
-                    chunk.voice.prompt_mel.to(self.device),
-                    self._noise,
-                    streaming=chunk.streaming,
-                    final=chunk.final,
-                    steps=chunk.steps,
-                    between=between,
-                )
-            )
-            for chunk in chunks
-        ]
+        return [solve(self.flow, chunk, self._noise, between=between) for chunk in chunks]
 
-    @torch.inference_mode()
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
-        parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
-        rendered = []
-        for index, part in enumerate(parts):
-            between()
-            rendered.append(self.vocoder.render(part, state, final=final and index == len(parts) - 1))
-        wav = torch.cat(rendered, dim=-1)[0].cpu()
-        if not torch.isfinite(wav).all():
-            raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
-        return wav
+        return render(self.vocoder, mel, state, final=final, between=between)
+
+
+@torch.inference_mode()
+def solve(flow: Flow, chunk: Chunk, noise: Tensor, *, between: Callable[[], None] = nothing) -> Tensor:
+    """The mel of a chunk, [mel, frames] float32, where the flow and the noise are; see `Engine.mel`.
+
+    Raises:
+        DeviceError: it is not finite.
+    """
+    return finite(
+        flow(
+            chunk.ids.to(noise.device),
+            chunk.voice.speaker.to(noise.device),
+            chunk.voice.prompt_mel.to(noise.device),
+            noise,
+            streaming=chunk.streaming,
+            final=chunk.final,
+            steps=chunk.steps,
+            between=between,
+        )
+    )
+
+
+@torch.inference_mode()
+def render(
+    vocoder: Vocoder, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing
+) -> Tensor:
+    """The next samples of an utterance, [n] float32 on the host, for its next frames; see `Engine.samples`.
+
+    Raises:
+        DeviceError: they are not finite.
+    """
+    parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
+    rendered = []
+    for index, part in enumerate(parts):
+        between()
+        rendered.append(vocoder.render(part, state, final=final and index == len(parts) - 1))
+    wav = torch.cat(rendered, dim=-1)[0].cpu()
+    if not torch.isfinite(wav).all():
+        raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
+    return wav
 
 
 def finite(mel: Tensor) -> Tensor:
