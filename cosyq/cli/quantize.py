@@ -33,6 +33,7 @@ def quantize(
     started = time.perf_counter()
     from cosyq import build
     from cosyq.artifact.writer import check_output
+    from cosyq.calibrate.run import calibrate
     from cosyq.runtime.engine import pick_device
 
     place = pick_device(device)
@@ -53,8 +54,10 @@ def quantize(
             print_table(f"{loaded.name}: {megabytes(prepared.bytes)}", ["module", "rule", "format", "bytes"], rows)
         return
 
+    with progress_bar("calibrating", unit="items") as progress:
+        ready = calibrate(prepared, place, progress)
     with progress_bar("packing") as progress:
-        manifest = build.run(prepared, target, place, force=force, progress=progress)
+        manifest = build.run(prepared, target, place, force=force, progress=progress, calibrated=ready)
     seconds = time.perf_counter() - started
     size = sum(record.bytes for record in manifest.files.values())
     worst = max(manifest.modules, key=lambda record: record.rms_error)

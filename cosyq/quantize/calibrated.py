@@ -6,7 +6,7 @@ tr((W - Q) H (W - Q)^T), H the second moment of its inputs x. Three known steps 
 1. A block's absmax is the one, up to its largest weight, with which it is rounded best.
 2. GPTQ (arXiv 2210.17323): columns are rounded one after another, and those to come make up for what each lost.
 3. Coordinate descent (QuantEase, arXiv 2309.01885): each absmax is fitted anew to its codes, each code chosen anew
-   beside all others. No sweep makes the error larger.
+   beside all others. Where absmax are stored as they are, no sweep makes the error larger.
 
 Rows do not know of each other: a column of all of them is rounded at once.
 """
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cosyq.quantize.formats import NESTED_BLOCKSIZE, Format, dequantize, encode_state, state_key
+from cosyq.quantize.formats import Format, dequantize, encode_state, state_key
+from cosyq.quantize.grid import Grid
 from cosyq.quantize.pack import nest, pack, relative_error
 
 SHRINK = tuple(1 - 0.02 * step for step in range(20))  # a block's absmax, of its largest weight
@@ -52,160 +53,117 @@ def pack_calibrated(weight: Tensor, moment: Tensor, fmt: Format, device: torch.d
         ValueError: the moment is none, or a row of the weight is not whole blocks.
     """
     plain, plain_error = pack(weight, fmt, device)
-    source, seen = weight.to(device).float(), _checked(moment, weight.shape[1]).to(device)
+    seen = _checked(moment, weight.shape[1]).to(device)
     damped = seen + torch.eye(len(seen), device=device) * (seen.diagonal().mean() * DAMPING)
-    grid = _grid(source, damped.diagonal(), fmt, {name: tensor.to(device) for name, tensor in plain.items()})
+    source = weight.to(device).float()
+    grid = _grid(source, damped, fmt, {name: tensor.to(device) for name, tensor in plain.items()})
     cells, absmax = _swept(source, damped, grid, *_gptq(source, damped, grid))
-    packed = {name: tensor.cpu() for name, tensor in grid.stored(cells, absmax).items()}
-
-    def weighted(tensors: dict[str, Tensor]) -> float:
-        lost = source - dequantize(fmt, tensors, tuple(weight.shape)).to(device)
-        return (_energy(lost, seen) / max(_energy(source, seen), 1e-300)) ** 0.5
-
-    before, after = weighted(plain), weighted(packed)
+    packed = {name: tensor.cpu() for name, tensor in grid.stored(absmax, cells).items()}
+    before = weighted_error(plain, weight, moment, fmt, device)
+    after = weighted_error(packed, weight, moment, fmt, device)
     if not after < before:
         return Calibrated(plain, plain_error, before, before)
-    error = relative_error(dequantize(fmt, packed, tuple(weight.shape)).to(device) - source, source)
-    return Calibrated(packed, error, after, before)
+    return Calibrated(packed, _error(packed, weight, fmt), after, before)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """What can be stored of one weight.
-
-    plain: the tensors of plain packing, of which only codes and absmax change.
-    levels, codes: what a code stands for beside an absmax of 1, ascending [levels]; and the code as stored.
-    block: columns that share an absmax.
-    nested: under double quantization what the absmax are made of: scale of each [out, blocks], ascending values [256],
-        their codes, offset.
-    """
-
-    format: Format
-    plain: dict[str, Tensor]
-    levels: Tensor
-    codes: Tensor
-    block: int
-    nested: tuple[Tensor, Tensor, Tensor, float] | None
-
-    def nearest(self, wanted: Tensor, absmax: Tensor) -> Tensor:
-        """The number of the level nearest to wanted / absmax, broadcast."""
-        between = (self.levels[1:] + self.levels[:-1]) / 2
-        return torch.bucketize(wanted / torch.where(absmax == 0, 1, absmax), between)
-
-    def possible(self, absmax: Tensor, block: int) -> Tensor:
-        """The nearest absmax [out] that blocks of this number can have."""
-        return absmax if self.nested is None else self._nested(absmax, block)[1]
-
-    def _nested(self, absmax: Tensor, blocks: int | slice) -> tuple[Tensor, Tensor]:
-        """The nearest codes, and what they stand for."""
-        assert self.nested is not None
-        scales, values, codes, offset = self.nested
-        scale = scales[:, blocks]
-        wanted = (absmax - offset) / torch.where(scale == 0, 1, scale)
-        index = torch.bucketize(wanted, (values[1:] + values[:-1]) / 2)
-        return codes[index], values[index] * scale + offset
-
-    def stored(self, cells: Tensor, absmax: Tensor) -> dict[str, Tensor]:
-        """Level numbers [out, in] and possible absmax [out, blocks] as tensors."""
-        codes = self.codes[cells]
-        if self.format.name == "int8":
-            return self.plain | {"weight": codes, "SCB": absmax[:, 0]}
-        pairs = codes.view(-1, 2)
-        packed = self.plain | {"weight": pairs[:, :1] << 4 | pairs[:, 1:]}
-        if self.nested is None:
-            return packed | {"weight.absmax": absmax.reshape(-1)}
-        return packed | {"weight.absmax": self._nested(absmax, slice(None))[0].reshape(-1)}
+def with_scales(
+    packed: Calibrated, absmax: Tensor, weight: Tensor, moment: Tensor, fmt: Format, device: torch.device
+) -> Calibrated:
+    """The same codes beside other absmax, [out, blocks]; the rest as in `pack_calibrated`."""
+    grid = Grid.of(packed.tensors, fmt, (weight.shape[0], weight.shape[1]))
+    tensors = grid.stored(absmax.cpu())
+    weighted = weighted_error(tensors, weight, moment, fmt, device)
+    return Calibrated(tensors, _error(tensors, weight, fmt), weighted, packed.plain)
 
 
-def _grid(source: Tensor, weights: Tensor, fmt: Format, plain: dict[str, Tensor]) -> _Grid:
-    out, width = source.shape
-    if fmt.name == "int8":
-        codes = torch.arange(-127, 128, device=source.device)
-        return _Grid(fmt, plain, codes / 127, codes.to(torch.int8), width, None)
-    assert fmt.blocksize is not None
-    if width % fmt.blocksize:
-        raise ValueError(f"rows of {width} are not whole blocks of {fmt.blocksize}")
-    levels, order = plain["weight.quant_map"].sort(stable=True)
-    grid = _Grid(fmt, plain, levels, order.to(torch.uint8), fmt.blocksize, None)
+def weighted_error(
+    tensors: dict[str, Tensor], weight: Tensor, moment: Tensor, fmt: Format, device: torch.device
+) -> float:
+    """The root of tr((W - Q) H (W - Q)^T) / tr(W H W^T), 0 where nothing comes of the inputs anyway."""
+    source, seen = weight.to(device).float(), moment.to(device).float()
+    lost = source - dequantize(fmt, tensors, tuple(weight.shape)).to(device)
+    whole, missing = (((w @ seen) * w).double().sum().item() for w in (source, lost))
+    return (max(missing, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def _error(tensors: dict[str, Tensor], weight: Tensor, fmt: Format) -> float:
+    source = weight.cpu().float()
+    return relative_error(dequantize(fmt, tensors, tuple(weight.shape)) - source, source)
+
+
+def _grid(source: Tensor, seen: Tensor, fmt: Format, plain: dict[str, Tensor]) -> Grid:
+    """Of the plain tensors; under double quantization nested anew, for absmax as they will about be."""
+    shape = (source.shape[0], source.shape[1])
+    grid = Grid.of(plain, fmt, shape)
     if not fmt.double_quant:
         return grid
-    blocks = [_best_absmax(part, w, grid) for part, w in _blocks(source, weights, fmt.blocksize)]
-    nested, offset = nest(torch.stack(blocks, dim=1).reshape(-1))
-    plain = plain | nested | {state_key(fmt): encode_state(fmt, (out, width), offset)}
-    scales = nested["weight.nested_absmax"].repeat_interleave(NESTED_BLOCKSIZE)[: out * len(blocks)]
-    values, order = nested["weight.nested_quant_map"].sort(stable=True)
-    return _Grid(fmt, plain, levels, grid.codes, fmt.blocksize, (scales.view(out, -1), values, order.byte(), offset))
+    parts = zip(source.T.contiguous().split(grid.block), seen.diagonal().split(grid.block), strict=True)
+    absmax = torch.stack([_best_absmax(part, weights, grid) for part, weights in parts], dim=1)
+    nested, offset = nest(absmax.reshape(-1))
+    return Grid.of(plain | nested | {state_key(fmt): encode_state(fmt, shape, offset)}, fmt, shape)
 
 
-def _blocks(source: Tensor, weights: Tensor, block: int) -> zip[tuple[Tensor, Tensor]]:
-    return zip(source.split(block, dim=1), weights.split(block), strict=True)
-
-
-def _best_absmax(part: Tensor, weights: Tensor, grid: _Grid) -> Tensor:
-    """The absmax [out] of a block [out, block] with the least squared error, each column's weighted by `weights`."""
-    largest = part.abs().amax(1)
+def _best_absmax(part: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+    """The absmax [out] of a block [block, out] with the least squared error, each column's weighted by `weights`."""
+    largest = part.abs().amax(0)
     best, least = largest, torch.full_like(largest, float("inf"))
     for share in SHRINK:
-        absmax = (largest * share)[:, None]
-        rounded = grid.levels[grid.nearest(part, absmax)] * absmax
-        error = ((part - rounded).square() * weights).sum(1)
-        best, least = torch.where(error < least, absmax[:, 0], best), torch.minimum(error, least)
+        absmax = largest * share
+        error = weights @ (part - grid.levels[grid.nearest(part, absmax)] * absmax).square()
+        best, least = torch.where(error < least, absmax, best), torch.minimum(error, least)
     return best
 
 
-def _gptq(source: Tensor, seen: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Level numbers [out, in] and absmax [out, blocks]; a block's absmax is searched for when its turn comes."""
+def _gptq(source: Tensor, seen: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Cells [out, in] and possible absmax [out, blocks]; a block's is searched for when its turn comes."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(seen.double()))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    left, cells = source.clone(), torch.empty(source.shape, dtype=torch.int64, device=source.device)
-    absmax = torch.empty(len(source), source.shape[1] // grid.block, device=source.device)
     cost = upper.diagonal().square().reciprocal()  # of an error in a column, after those to come made up for it
-    for start, end in _runs(source.shape[1], grid.block):
+    left = source.T.contiguous()  # from here on [in, out]: a column lies in one piece
+    cells, absmax = torch.empty_like(left, dtype=torch.int64), source.new_empty(len(left) // grid.block, len(source))
+    for start, end in _runs(len(left), grid.block):
         block = start // grid.block
         if start % grid.block == 0:
             span = slice(start, start + grid.block)
-            absmax[:, block] = grid.possible(_best_absmax(left[:, span], cost[span], grid), block)
-        scale, lost = absmax[:, block], torch.empty(len(source), end - start, device=source.device)
+            absmax[block] = grid.possible(_best_absmax(left[span], cost[span], grid), block)
+        scale, lost = absmax[block], source.new_empty(end - start, len(source))
         for column in range(start, end):
-            cells[:, column] = grid.nearest(left[:, column], scale)
-            error = (left[:, column] - grid.levels[cells[:, column]] * scale) / upper[column, column]
-            left[:, column:end] -= error[:, None] * upper[column, column:end]
-            lost[:, column - start] = error
-        left[:, end:] -= lost @ upper[start:end, end:]
-    return cells, absmax
+            cells[column] = grid.nearest(left[column], scale)
+            error = (left[column] - grid.levels[cells[column]] * scale) / upper[column, column]
+            left[column:end] -= upper[column, column:end, None] * error
+            lost[column - start] = error
+        left[end:] -= upper[start:end, end:].T @ lost
+    return cells.T.contiguous(), absmax.T.contiguous()
 
 
-def _swept(source: Tensor, seen: Tensor, grid: _Grid, cells: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+def _swept(source: Tensor, seen: Tensor, grid: Grid, cells: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     """Both, after sweeps of coordinate descent."""
-    rounded = grid.levels[cells] * absmax.repeat_interleave(grid.block, dim=1)
-    lost = source - rounded
-    for start, end in _runs(source.shape[1], grid.block) * SWEEPS:
+    wanted, cells, absmax = source.T.contiguous(), cells.T.contiguous(), absmax.T.contiguous()
+    rounded = grid.levels[cells] * absmax.repeat_interleave(grid.block, dim=0)
+    for start, end in _runs(len(wanted), grid.block) * SWEEPS:
         block = start // grid.block
         if start % grid.block == 0:
             span = slice(start, start + grid.block)
-            levels = grid.levels[cells[:, span]]
-            pull = (levels * (lost @ seen[:, span])).sum(1)
-            stiffness = (levels @ seen[span, span] * levels).sum(1)
-            fitted = absmax[:, block] + pull / torch.where(stiffness == 0, 1, stiffness)
-            absmax[:, block] = grid.possible(fitted, block)
-            rounded[:, span] = levels * absmax[:, block, None]
-            lost[:, span] = source[:, span] - rounded[:, span]
-        span, scale = slice(start, end), absmax[:, block]
-        own, pull = seen[span, span], lost @ seen[:, span]
+            levels = grid.levels[cells[span]]
+            pull = (levels * (seen[span] @ (wanted - rounded))).sum(0)
+            stiffness = (seen[span, span] @ levels * levels).sum(0)
+            absmax[block] = grid.possible(absmax[block] + pull / torch.where(stiffness == 0, 1, stiffness), block)
+            rounded[span] = levels * absmax[block]
+        scale, own = absmax[block], seen[start:end, start:end]
+        pulls = seen[start:end] @ (wanted - rounded)
         for column in range(start, end):
             at = column - start
-            cells[:, column] = grid.nearest(rounded[:, column] + pull[:, at] / own[at, at], scale)
-            now = grid.levels[cells[:, column]] * scale
-            pull -= (now - rounded[:, column])[:, None] * own[at]
-            rounded[:, column] = now
-        lost[:, span] = source[:, span] - rounded[:, span]
-    return cells, absmax
+            cells[column] = grid.nearest(rounded[column] + pulls[at] / own[at, at], scale)
+            chosen = grid.levels[cells[column]] * scale
+            pulls[at + 1 :] -= own[at + 1 :, at, None] * (chosen - rounded[column])
+            rounded[column] = chosen
+    return cells.T.contiguous(), absmax.T.contiguous()
 
 
 def _runs(width: int, block: int) -> list[tuple[int, int]]:
     """Columns that are done together, first and last but one; none reaches over the end of a block."""
-    starts = [start for block_start in range(0, width, block) for start in range(block_start, block_start + block, TOGETHER)]
-    return [(start, min(start + TOGETHER, start - start % block + block)) for start in starts]
+    ends = [(start, start + block) for start in range(0, width, block)]
+    return [(at, min(at + TOGETHER, end)) for start, end in ends for at in range(start, end, TOGETHER)]
 
 
 def _checked(moment: Tensor, width: int) -> Tensor:
@@ -220,8 +178,3 @@ def _checked(moment: Tensor, width: int) -> Tensor:
     if moment.diagonal().min() < 0 or (moment - moment.T).abs().max() > 1e-3 * largest:
         raise ValueError("the inputs' second moment is not symmetric, or negative")
     return moment
-
-
-def _energy(weight: Tensor, seen: Tensor) -> float:
-    """tr(W H W^T)."""
-    return max(((weight @ seen) * weight).double().sum().item(), 0.0)
