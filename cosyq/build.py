@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 import cosyq
 from cosyq.artifact import manifest as layout
@@ -27,6 +29,7 @@ from cosyq.checkpoint.reader import (
 )
 from cosyq.errors import CheckpointError, DeviceError
 from cosyq.model.inventory import STAGES, Stage, inventory
+from cosyq.quantize.calibrated import Calibrated
 from cosyq.quantize.formats import Format
 from cosyq.quantize.pack import pack
 from cosyq.quantize.plan import Decision, make_plan
@@ -99,8 +102,19 @@ def prepare(recipe: Recipe, recipe_text: str) -> Build:
     return Build(recipe, recipe_text, checkpoint, plan, folder if recipe.enrols else None)
 
 
-def run(build: Build, output: Path, device: torch.device, *, force: bool, progress: Progress) -> Manifest:
+def run(
+    build: Build,
+    output: Path,
+    device: torch.device,
+    *,
+    force: bool,
+    progress: Progress,
+    calibrated: Mapping[str, Calibrated] = MappingProxyType({}),
+) -> Manifest:
     """Pack everything on `device` and write the artifact.
+
+    Args:
+        calibrated: weights that are packed already, by module; see `calibrate.run`.
 
     Raises:
         CheckpointError: a weight is not finite, an encoder is not usable, or a file is not the pinned one.
@@ -116,7 +130,7 @@ def run(build: Build, output: Path, device: torch.device, *, force: bool, progre
     with ThreadPoolExecutor(1) as pool, new_folder(output, force=force) as folder:
         hashes = {name: pool.submit(file_sha256, path) for name, path in files.items()}
         try:
-            manifest = _write(build, folder, device, voices, hashes, progress)
+            manifest = _write(build, folder, device, voices, hashes, calibrated, progress)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -129,6 +143,7 @@ def _write(
     device: torch.device,
     voices: list[tuple[str, Voice]],
     hashes: dict[str, Future[str]],
+    calibrated: Mapping[str, Calibrated],
     progress: Progress,
 ) -> Manifest:
     records: list[ModuleRecord] = []
@@ -143,7 +158,7 @@ def _write(
         with StageFileWriter(folder / name, tensors, metadata) as file:
             for decision in build.plan[stage]:
                 progress(decision.module.name, done, build.bytes)
-                records.append(_pack_module(decision, source, file, device))
+                records.append(_pack_module(decision, source, file, device, calibrated.get(decision.module.name)))
                 done += decision.bytes
         files[name] = _record(folder / name, file.header_sha256)
     progress("hashing the source", done, build.bytes)
@@ -181,12 +196,18 @@ def _write(
     return manifest
 
 
-def _pack_module(decision: Decision, source: StageTensors, file: StageFileWriter, device: torch.device) -> ModuleRecord:
+def _pack_module(
+    decision: Decision, source: StageTensors, file: StageFileWriter, device: torch.device, ready: Calibrated | None
+) -> ModuleRecord:
     module, error = decision.module, 0.0
     prefix = f"{module.path}." if module.path else ""
     for parameter in module.parameters:
-        weight = source.read(module, parameter)
         packable = parameter == "weight" and module.kind != "exact"
+        if packable and ready is not None:
+            _write_tensors(file, prefix, ready.tensors)
+            error = ready.error
+            continue
+        weight = source.read(module, parameter)
         try:
             packed, loss = pack(weight, decision.format if packable else Format("fp32"), device)
         except OverflowError as reason:
@@ -198,8 +219,7 @@ def _pack_module(decision: Decision, source: StageTensors, file: StageFileWriter
             raise DeviceError(
                 f"out of memory while packing {module.name}", where=str(device), remedy="free some, or use --device cpu"
             ) from None
-        for name, tensor in packed.items():
-            file.write(f"{prefix}{name if packable else parameter}", tensor)
+        _write_tensors(file, prefix, packed if packable else {parameter: packed["weight"]})
         error = max(error, loss if packable else 0.0)
     first = next(iter(module.parameters))
     main = "weight" if "weight" in module.parameters else first
@@ -210,8 +230,19 @@ def _pack_module(decision: Decision, source: StageTensors, file: StageFileWriter
         shape=module.parameters[main],
         source_dtype=source.dtype(module, main),
         bytes=decision.bytes,
-        rms_error=float(f"{error:.6g}"),  # its last digits are the order of a sum, which threads decide
+        rms_error=_rounded(error),
+        weighted_error=None if ready is None else _rounded(ready.weighted),
     )
+
+
+def _write_tensors(file: StageFileWriter, prefix: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        file.write(f"{prefix}{name}", tensor)
+
+
+def _rounded(error: float) -> float:
+    """Six digits: the last ones are the order of a sum, which threads decide."""
+    return float(f"{error:.6g}")
 
 
 def _record(path: Path, header_sha256: str | None = None) -> FileRecord:

@@ -62,11 +62,27 @@ class _Packable(_Strict):
         return self
 
 
-class LLMStage(_Packable):
+class Calibration(_Strict):
+    """Packing that makes up for its errors on what the model itself says: so many utterances of it."""
+
+    sequences: Annotated[int, Field(ge=1, le=1024)]
+
+
+class _Calibrated(_Packable):
+    calibrate: Calibration | None = None
+
+    @model_validator(mode="after")
+    def _something_to_calibrate(self) -> _Calibrated:
+        if self.calibrate is not None and self.weights not in ("int8", "nf4", "fp4"):
+            raise ValueError(f"calibrate is an option of int8, nf4 and fp4, not of {self.weights}")
+        return self
+
+
+class LLMStage(_Calibrated):
     pass
 
 
-class FlowStage(_Packable):
+class FlowStage(_Calibrated):
     steps: Annotated[list[Steps], Field(min_length=1, max_length=8)] = [10]
 
     @model_validator(mode="after")
@@ -180,12 +196,17 @@ class Recipe(_Strict):
         """The recipe as it shapes the artifact's bytes: without the folders and addresses it happened to name.
 
         A voice counts by name, transcript and sha256, which `voices.entries.pin` fills in. A gate lets an artifact
-        through or not, and changes nothing in it.
+        through or not, and changes nothing in it. A stage that is not calibrated does not say so: recipes from before
+        there was such an option keep their digest.
         """
         not_in_bytes = dict.fromkeys(("output", "gate", "evaluate"), True)
-        return self.model_dump(
+        data = self.model_dump(
             exclude={**not_in_bytes, "source": {"path"}, "voices": {"__all__": {"file", "audio", "bundled"}}},
         )
+        for stage in data["stages"].values():
+            if stage.get("calibrate", ...) is None:
+                del stage["calibrate"]
+        return data
 
     def digest(self) -> str:
         """sha256 of `resolved`, independent of spelling, order and comments."""

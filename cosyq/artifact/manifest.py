@@ -23,7 +23,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """One module as it was packed; `rms_error` is |dequantized - source| / |source| of its weight."""
+    """One module as it was packed; `rms_error` is |dequantized - source| / |source| of its weight.
+
+    weighted_error: the same of what the layer gives out on the inputs that it was calibrated on, where it was.
+    """
 
     name: str
     format: Format
@@ -32,6 +35,7 @@ class ModuleRecord:
     source_dtype: str
     bytes: int
     rms_error: float
+    weighted_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Manifest:
             "files": {name: _drop_none(record.__dict__) for name, record in sorted(self.files.items())},
             "versions": self.versions,
             "device": self.device,
-            "modules": [{**record.__dict__, "format": record.format.to_dict()} for record in self.modules],
+            "modules": [_drop_none({**record.__dict__, "format": record.format.to_dict()}) for record in self.modules],
         }
         return json.dumps({**body, "digest": _digest(body)}, indent=1, ensure_ascii=False) + "\n"
 
@@ -211,4 +215,5 @@ def _module(data: dict[str, Any]) -> ModuleRecord:
         source_dtype=_text(data["source_dtype"]),
         bytes=_count(data["bytes"]),
         rms_error=float(data["rms_error"]),
+        weighted_error=float(data["weighted_error"]) if "weighted_error" in data else None,
     )

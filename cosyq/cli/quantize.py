@@ -14,6 +14,7 @@ from cosyq.cli.console import Device, Json, emit, host_peak, megabytes, note, pr
 from cosyq.errors import RecipeError
 
 if TYPE_CHECKING:
+    from cosyq.artifact.manifest import Manifest
     from cosyq.eval.evaluation import Evaluation
 
 
@@ -42,6 +43,7 @@ def quantize(
     started = time.perf_counter()
     from cosyq import build
     from cosyq.artifact.writer import check_output
+    from cosyq.calibrate.run import calibrate
     from cosyq.runtime.engine import pick_device
 
     place = pick_device(device)
@@ -62,14 +64,19 @@ def quantize(
             print_table(f"{loaded.name}: {megabytes(prepared.bytes)}", ["module", "rule", "format", "bytes"], rows)
         return
 
+    def pack(folder: Path, *, force: bool) -> Manifest:
+        with progress_bar("calibrating", unit="items") as progress:
+            calibrated = calibrate(prepared, place, progress)
+        with progress_bar("packing") as progress:
+            return build.run(prepared, folder, place, force=force, progress=progress, calibrated=calibrated)
+
     evaluation = None
     if loaded.gate:
         from cosyq.eval import gated
 
-        manifest, evaluation = gated.run(prepared, target, place, force=force, bar=progress_bar)
+        manifest, evaluation = gated.run(prepared.recipe, pack, target, place, force=force, bar=progress_bar)
     else:
-        with progress_bar("packing") as progress:
-            manifest = build.run(prepared, target, place, force=force, progress=progress)
+        manifest = pack(target, force=force)
     seconds = time.perf_counter() - started
     size = sum(record.bytes for record in manifest.files.values())
     worst = max(manifest.modules, key=lambda record: record.rms_error)

@@ -16,7 +16,6 @@ from cosyq import build
 from cosyq.artifact.manifest import Manifest
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.artifact.writer import REJECTED, check_output, new_folder
-from cosyq.build import Build
 from cosyq.errors import ArtifactError
 from cosyq.eval import gate
 from cosyq.eval.evaluation import Evaluation
@@ -37,19 +36,24 @@ from cosyq.voices.enrol import SPEAKER_ENCODER
 
 PAGE_FILE = "report.html"
 Bar = Callable[..., AbstractContextManager[Callable[..., None]]]  # (title, unit="bytes"|"items") -> progress
+Pack = Callable[..., Manifest]  # (folder, force=) -> what was written there, as `build.run` does
 
 
-def run(prepared: Build, output: Path, device: torch.device, *, force: bool, bar: Bar) -> tuple[Manifest, Evaluation]:
+def run(
+    recipe: Recipe, pack: Pack, output: Path, device: torch.device, *, force: bool, bar: Bar
+) -> tuple[Manifest, Evaluation]:
     """Pack, measure and judge; an artifact that passes has `eval.json` beside its manifest.
 
     One that does not is at `OUTPUT.rejected`, in place of any before, with `eval.json` and `report.html`.
+
+    Args:
+        recipe: the one that `pack` packs, prepared.
 
     Raises:
         UsageError: a judge is not installed, or does not know the texts' language.
         ArtifactError: the gate refuses it; and as `build.run`.
         CheckpointError, DeviceError, NetworkError: as `build.run` and `evaluate`.
     """
-    recipe = prepared.recipe
     aside = output.with_name(output.name + REJECTED)
     check_output(output, force=force)
     check_output(aside, force=True)
@@ -58,8 +62,7 @@ def run(prepared: Build, output: Path, device: torch.device, *, force: bool, bar
     if judges is not None:
         judges.check(texts)
     with new_folder(output, force=force) as folder:
-        with bar("packing") as progress:
-            manifest = build.run(prepared, folder, device, force=True, progress=progress)
+        manifest = pack(folder, force=True)
         evaluation = _measure(recipe, open_artifact(folder), texts, judges, device, bar)
         write_record(folder / RECORD_FILE, evaluation)
         if missed := gate.misses(recipe.gate, evaluation):

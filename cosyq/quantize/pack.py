@@ -11,6 +11,7 @@ from torch import Tensor
 from cosyq.quantize.backend import bitsandbytes
 from cosyq.quantize.formats import (
     FLOAT_DTYPES,
+    NESTED_BLOCKSIZE,
     Format,
     dequantize,
     dequantize_rows,
@@ -35,7 +36,7 @@ def pack(weight: Tensor, fmt: Format, device: torch.device) -> tuple[dict[str, T
     if not torch.isfinite(source).all():  # a packed block would hide it
         raise OverflowError("a value is not finite")
     packed = _pack_blocks(source, fmt) if fmt.is_four_bit else {"weight": source.to(FLOAT_DTYPES[fmt.name])}
-    error = _relative(dequantize(fmt, packed, tuple(weight.shape)) - source, source)
+    error = relative_error(dequantize(fmt, packed, tuple(weight.shape)) - source, source)
     return {name: tensor.cpu() for name, tensor in packed.items()}, error
 
 
@@ -76,7 +77,20 @@ def _pack_blocks(source: Tensor, fmt: Format) -> dict[str, Tensor]:
     return packed
 
 
-def _relative(difference: Tensor, source: Tensor) -> float:
+def nest(absmax: Tensor) -> tuple[dict[str, Tensor], float]:
+    """The absmax of blocks, float32 [blocks], under double quantization: the tensors that hold them, and the offset."""
+    offset = absmax.mean()
+    codes, state = bitsandbytes().functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    tensors = {"absmax": codes, "nested_absmax": state.absmax, "nested_quant_map": state.code}
+    return {f"weight.{name}": tensor for name, tensor in tensors.items()}, offset.item()
+
+
+def relative_error(difference: Tensor, source: Tensor) -> float:
+    """|difference| / |source|, summed in float64.
+
+    Raises:
+        OverflowError: it is not finite.
+    """
     return _ratio(difference.double().square().sum().item(), source.double().square().sum().item())
 
 
