@@ -33,6 +33,7 @@ LEVELS = {
     "lossless": 5,
     "sequences": 5,
     "eval": 6,
+    "tune": 7,
     "publish": 5,
     "doctor": 5,
     "server": 5,

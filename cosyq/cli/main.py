@@ -25,6 +25,7 @@ from cosyq.cli import (
     recipes,
     serve,
     synth,
+    tune,
     verify,
     voice,
 )
@@ -48,6 +49,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
 app.command("eval")(eval.evaluate)
+app.command("tune")(tune.tune)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("doctor")(doctor.doctor)
