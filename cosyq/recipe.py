@@ -267,6 +267,12 @@ def parse_recipe(text: str, where: str, overrides: list[str]) -> Recipe:
         raise RecipeError(_explain(error), where=where) from None
 
 
+def to_yaml(data: Any) -> str:
+    """Plain data as YAML, innermost mappings and lists in a line each, keys in their order."""
+    text: str = yaml.safe_dump(data, default_flow_style=None, sort_keys=False, allow_unicode=True, width=1 << 16)
+    return text
+
+
 class _UniqueKeys(yaml.SafeLoader):
     pass
 

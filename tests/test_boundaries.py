@@ -34,6 +34,7 @@ LEVELS = {
     "sequences": 5,
     "eval": 6,
     "calibrate": 6,
+    "tune": 7,
     "publish": 5,
     "doctor": 5,
     "server": 5,

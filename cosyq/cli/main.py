@@ -26,6 +26,7 @@ from cosyq.cli import (
     recipes,
     serve,
     synth,
+    tune,
     verify,
     voice,
 )
@@ -49,6 +50,7 @@ app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 app.command("diff")(diff.diff)
 app.command("eval")(eval.evaluate)
+app.command("tune")(tune.tune)
 app.command("push")(push.push)
 app.command("pull")(pull.pull)
 app.command("bench")(bench.bench)

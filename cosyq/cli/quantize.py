@@ -32,7 +32,7 @@ def quantize(
     from cosyq.recipe import find_recipe, load_recipe
 
     path = find_recipe(recipe)
-    changes = [*(overrides or []), *(_source_override(source) if source else [])]
+    changes = [*(overrides or []), *(source_override(source) if source else [])]
     loaded = load_recipe(path, changes)
     if loaded.gate:
         from cosyq.eval import gate
@@ -108,7 +108,7 @@ def _gated(limits: Iterable[str], evaluation: Evaluation) -> dict[str, Any]:
     return {key: {side: asdict(getattr(found[key], side)) for side in sides} for key in limits}
 
 
-def _source_override(source: str) -> list[str]:
+def source_override(source: str) -> list[str]:
     """A --source as changes to the recipe: what it pinned was for another source."""
     nothing = [f"source.{key}=null" for key in ("repo", "revision", "path", "bundled")]
     changes = [*nothing, "source.sha256={}"]

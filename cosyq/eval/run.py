@@ -115,11 +115,11 @@ def listen(
     requests = Requests(reference)
     requests.manner({"voice": voices[0], "steps": steps, "seed": seed})  # both can, or it is said here
     origin = _origin(reference, texts, voices, seed)
-    place = file or _cache_folder() / f"{origin}.json"
+    place = file or cache_folder("sequences") / f"{origin}.json"
     if place.exists():
         spoken = read_spoken(place, origin)
     else:
-        _prepare(place.parent)
+        prepare_folder(place.parent, "name a file for the sequences, or set XDG_CACHE_HOME")
         spoken = _speak(reference, texts, voices, seed, arithmetic, progress)
         write_spoken(place, origin, spoken)
     return shown(requests, spoken, voices, steps=steps)
@@ -159,28 +159,26 @@ def _origin(reference: Artifact, texts: Sequence[str], voices: Sequence[Voice], 
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-def _cache_folder() -> Path:
+def cache_folder(kind: str) -> Path:
     """Where the XDG Base Directory Specification has a program keep what it can make again."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
-    return base / "cosyq" / "sequences"
+    return base / "cosyq" / kind
 
 
-def _prepare(folder: Path) -> None:
-    """Before minutes go into what could then not be kept."""
+def prepare_folder(folder: Path, remedy: str) -> None:
+    """Before minutes go into what could then not be kept.
+
+    Raises:
+        ArtifactError: it cannot be made or written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        why = None if os.access(folder, os.W_OK) else "no permission"
     except (OSError, RuntimeError) as error:
-        raise _unwritable(folder, str(error)) from None
-    if not writable:
-        raise _unwritable(folder, "no permission")
-
-
-def _unwritable(folder: Path, why: str) -> ArtifactError:
-    return ArtifactError(
-        f"cannot be written ({why})", where=folder, remedy="name a file for the sequences, or set XDG_CACHE_HOME"
-    )
+        why = str(error)
+    if why is not None:
+        raise ArtifactError(f"cannot be written ({why})", where=folder, remedy=remedy)
 
 
 def _about(what: str, arithmetic: Arithmetic) -> str:

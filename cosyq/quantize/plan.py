@@ -51,9 +51,9 @@ def make_plan(recipe: Recipe, modules: list[Module]) -> list[Decision]:
         decision = None
         if module.kind != "exact":
             for index, rule in enumerate(recipe.rules):
-                if _matches(rule, module.name):
+                if matches(rule, module.name):
                     used.add(index)
-                    decision = Decision(module, _fit(_named(rule), module), f"rules[{index}] {rule.match}")
+                    decision = Decision(module, fit(named(rule), module), f"rules[{index}] {rule.match}")
                     break
         plan.append(decision or _default(recipe, module))
     for index, rule in enumerate(recipe.rules):
@@ -66,7 +66,7 @@ def make_plan(recipe: Recipe, modules: list[Module]) -> list[Decision]:
     return plan
 
 
-def _matches(rule: Rule, name: str) -> bool:
+def matches(rule: Rule, name: str) -> bool:
     if rule.match.startswith("re:"):
         try:
             return re.fullmatch(rule.match[3:], name) is not None
@@ -75,7 +75,7 @@ def _matches(rule: Rule, name: str) -> bool:
     return fnmatchcase(name, rule.match)
 
 
-def _named(choice: object) -> Format:
+def named(choice: object) -> Format:
     """The format that a stage or a rule of the recipe names."""
     name: FormatName = choice.weights  # type: ignore[attr-defined]
     if name not in ("nf4", "fp4"):
@@ -90,16 +90,16 @@ def _default(recipe: Recipe, module: Module) -> Decision:
     Embeddings are looked up, not multiplied: a row in int8 costs nothing in speed.
     """
     stage = getattr(recipe.stages, module.stage)
-    wanted, rule = _named(stage), f"stages.{module.stage}"
+    wanted, rule = named(stage), f"stages.{module.stage}"
     if module.kind == "exact":
         return Decision(module, FP32, "always exact")
     if wanted.is_float or module.kind == "matrix":
-        return Decision(module, _fit(wanted, module), rule)
+        return Decision(module, fit(wanted, module), rule)
     fallback = Format("int8") if module.kind == "embedding" else Format("bf16")
     return Decision(module, fallback, f"{rule} ({module.kind})")
 
 
-def _fit(fmt: Format, module: Module) -> Format:
+def fit(fmt: Format, module: Module) -> Format:
     """The format as this module can hold it.
 
     A 4-bit block shrinks until it divides a row: bitsandbytes' CPU kernels (0.50) restart their blocks at
