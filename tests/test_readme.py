@@ -211,6 +211,17 @@ def test_what_it_lost(demo, run, monkeypatch):
     assert recipe.gate.keys() == {"llm.kl", "flow.lsd"}
 
 
+def test_the_most_for_the_bytes(demo, run, monkeypatch):
+    """As written but with rules that leave two layers' formats open, so that it takes seconds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(demo / "cache"))
+    (line,) = [b.strip() for b in blocks("sh") if b.startswith("cosyq tune")]
+    rules = 'rules=[{match: "re:llm.layers.*|flow.*(attn.*|up|[0-5].ff.down)", weights: nf4}]'
+    run(f"{line} --sequences 2 --set '{rules}'")
+    assert json.loads((demo / "tuned.json").read_text("utf-8"))["bytes"] <= 15_000_000
+    plan = json.loads(run("cosyq quantize tuned.yaml --dry-run --json")[0])
+    assert plan["bytes"] <= 15_000_000
+
+
 def test_the_export(demo, run):
     (line,) = [b.strip() for b in blocks("sh") if "cosyq export" in b and "cosyq verify" not in b]
     run(line.replace("ARTIFACT", "artifacts/cosyq-mini"))
