@@ -97,8 +97,8 @@ class Flow(nn.Module):
         """What the estimator is told of every frame, [frames, mel + token + mel] float32; arguments as in `forward`."""
         embedded = self.token_embedding(tokens).float().unsqueeze(0)
         mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
-        weight_dtype = self.speaker_proj.weight.dtype
-        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(weight_dtype)).float()
+        dtype = self.token_encoder.conv1.weight.dtype  # the projection may be packed, and have none
+        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(dtype)).float()
         prompt = F.pad(prompt_mel, (0, 0, 0, mu.shape[0] - prompt_mel.shape[0]))
         return torch.cat([prompt, mu, voice.expand(mu.shape[0], -1)], dim=-1)
 

@@ -169,6 +169,16 @@ def test_unpacked_weights_give_the_same_samples(artifact_of, voice, recipe):
     assert cosyq.load(artifact_of(recipe), device="cpu").engine.name == "cpu"
 
 
+def test_a_rule_may_pack_the_speakers_projection(artifact_of, tts, voice):
+    packed = cosyq.load(
+        artifact_of("int8", "rules=[{match: flow.speaker_proj, weights: int8}]"), device="cpu", engine="reference"
+    )
+    assert isinstance(packed.engine.flow.speaker_proj, PackedLinear)
+    tokens = list(range(100, 120))
+    mels = [t.engine.mel(tokens, voice, streaming=False, final=True, steps=10) for t in (packed, tts)]
+    assert 0 < relative(*mels) < 0.05
+
+
 def test_speed_changes_the_length_and_streams_alike(tts, voice):
     normal = tts.synthesize(TEXT, voice=voice, seed=2)
     for speed in (0.5, 1.5, 2.0):
