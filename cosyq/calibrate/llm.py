@@ -1,4 +1,4 @@
-"""The language model's calibration: what its layers are given where it speaks, and scales that restore its choices."""
+"""The language model's calibration: what its layers are given where it speaks, and how much each input matters."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cosyq.calibrate.moments import Moments, by_gradient
 from cosyq.model.llm import LanguageModel, rope_tables
-from cosyq.quantize.grid import Grid
 from cosyq.sequences import Heard, Progress
 
 Rows = Callable[[list[int]], Tensor]  # text ids -> their embeddings, [n, hidden] float32
-
-ROUNDS = 6  # through all sequences
-BATCH = 4
-RATE = 1e-3  # of a scale, a step, to begin with
 
 
 def llm_moments(
@@ -38,68 +33,6 @@ def llm_moments(
             logits = _logits(llm, _embeddings(llm, rows, item).requires_grad_(), item)
             F.cross_entropy(logits[: len(spoken)], spoken, reduction="sum").backward()
     return moments
-
-
-class _ScaledLinear(nn.Module):
-    """A packed layer whose blocks' absmax can be learnt: x [..., in] -> [..., out]."""
-
-    def __init__(self, grid: Grid, bias: Tensor | None):
-        super().__init__()
-        self.values, self.absmax, self.bias = grid.values(), grid.absmax(), bias
-        self.change = nn.Parameter(torch.zeros_like(self.absmax))
-
-    def scales(self) -> Tensor:
-        return self.absmax * (1 + self.change)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.values * self.scales()[..., None]).flatten(1), self.bias)
-
-
-def tune_scales(
-    teacher: LanguageModel,
-    student: LanguageModel,
-    rows: Rows,
-    heard: Sequence[Heard],
-    grids: dict[str, Grid],
-    progress: Progress,
-) -> dict[str, Tensor]:
-    """Fit the scales of packed layers so that the whole network draws the next id as in full precision.
-
-    Codes stay; what is learnt is each block's absmax, by Adam on the divergence of the two distributions, over the
-    sequences in turns (the second phase of EfficientQAT, arXiv 2407.11062). `student` is changed.
-
-    Returns the absmax by path, [out, blocks] float32.
-    """
-    layers = {path: _replaced(student, path, grid) for path, grid in grids.items()}
-    changes = [layer.change for layer in layers.values()]
-    optimizer = torch.optim.Adam(changes, lr=RATE, betas=(0.9, 0.95))
-    steps = max(ROUNDS * len(heard) // BATCH, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1) * (1 - step / steps))
-    order = torch.Generator().manual_seed(0)
-    turns: list[int] = []
-    with sdpa_kernel(SDPBackend.MATH):
-        for step in range(steps):
-            progress("tuning scales", step, steps)
-            for _ in range(BATCH):
-                turns = turns or torch.randperm(len(heard), generator=order).tolist()
-                item = heard[turns.pop()]
-                embeddings = _embeddings(teacher, rows, item)
-                with torch.no_grad():
-                    wanted = _logits(teacher, embeddings, item).log_softmax(-1)
-                found = _logits(student, embeddings, item).log_softmax(-1)
-                loss = F.kl_div(found, wanted, log_target=True, reduction="sum") / (len(wanted) * BATCH)
-                loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return {path: layer.scales().detach() for path, layer in layers.items()}
-
-
-def _replaced(network: nn.Module, path: str, grid: Grid) -> _ScaledLinear:
-    parent, _, leaf = path.rpartition(".")
-    layer = _ScaledLinear(grid, network.get_submodule(path).bias)  # type: ignore[arg-type]
-    setattr(network.get_submodule(parent), leaf, layer)
-    return layer
 
 
 def _embeddings(llm: LanguageModel, rows: Rows, item: Heard) -> Tensor:

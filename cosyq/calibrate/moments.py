@@ -29,8 +29,10 @@ class Moments:
         """A layer's moment, scaled to a mean square of 1; zeros where it was given nothing else.
 
         Raises:
-            KeyError: the layer was given nothing at all.
+            ValueError: the layer was given nothing at all.
         """
+        if path not in self._sums:
+            raise ValueError("it was never used")
         total = self._sums[path]
         mean = total.diagonal().mean()
         return total / torch.where(mean > 0, mean, 1)

@@ -6,23 +6,20 @@ Memory beside the networks: a stage's second moments, for the full size 2.8 GB (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cosyq.artifact.reader import Artifact, load_stage, text_rows
 from cosyq.build import Build
 from cosyq.calibrate.flow import flow_moments
-from cosyq.calibrate.llm import llm_moments, tune_scales
+from cosyq.calibrate.llm import llm_moments
 from cosyq.calibrate.sentences import Language, sentences
 from cosyq.errors import CheckpointError, DeviceError
 from cosyq.lossless import lossless, lossless_recipe
 from cosyq.model.inventory import Stage
-from cosyq.quantize.calibrated import Calibrated, pack_calibrated, with_scales
-from cosyq.quantize.formats import Format
-from cosyq.quantize.grid import Grid
+from cosyq.quantize.calibrated import Calibrated, pack_calibrated
 from cosyq.quantize.plan import Decision
 from cosyq.runtime.request import find_voice, voice_names
 from cosyq.runtime.synthesizer import load
@@ -77,57 +74,22 @@ def _stage(
     device: torch.device,
     progress: Progress,
 ) -> dict[str, Calibrated]:
-    network, rows = _network(artifact, stage, device), text_rows(artifact)
-    layers = [_Layer(decision, network.get_submodule(decision.module.path).weight) for decision in wanted]
-    paths = [layer.path for layer in layers]
+    network: Any = load_stage(artifact, stage, device=device, dtype=torch.float32, matmul="dequantize")
+    paths = [decision.module.path for decision in wanted]
     if stage == "llm":
-        moments = llm_moments(network, rows, heard, paths, progress)
+        moments = llm_moments(network, text_rows(artifact), heard, paths, progress)
     else:
         moments = flow_moments(network, heard, paths, progress)
     found: dict[str, Calibrated] = {}
-    for index, layer in enumerate(layers):
-        progress(f"calibrating {layer.name}", index, len(layers))
+    for index, decision in enumerate(wanted):
+        name, path = decision.module.name, decision.module.path
+        progress(f"calibrating {name}", index, len(wanted))
         try:
-            found[layer.path] = pack_calibrated(layer.weight, moments.of(layer.path), layer.format, device)
-        except (ValueError, OverflowError, KeyError) as error:
-            raise CheckpointError(f"cannot be calibrated ({error})", where=layer.name) from None
+            weight = network.get_submodule(path).weight
+            found[name] = pack_calibrated(weight, moments.of(path), decision.format, device)
+        except (ValueError, OverflowError) as error:
+            raise CheckpointError(f"cannot be calibrated ({error})", where=name) from None
     if not any(result.weighted < result.plain for result in found.values()):
         remedy = "leave it out of the recipe"
         raise CheckpointError("calibration improved no module", where=f"stages.{stage}.calibrate", remedy=remedy)
-    if stage == "llm":
-        grids = {layer.path: layer.grid(found[layer.path], device) for layer in layers}
-        scales = tune_scales(network, _network(artifact, stage, device), rows, heard, grids, progress)
-        for layer in layers:
-            moment = moments.of(layer.path)
-            found[layer.path] = with_scales(
-                found[layer.path], scales[layer.path], layer.weight, moment, layer.format, device
-            )
-    return {layer.name: found[layer.path] for layer in layers}
-
-
-def _network(artifact: Artifact, stage: Stage, device: torch.device) -> Any:
-    return load_stage(artifact, stage, device=device, dtype=torch.float32, matmul="dequantize")
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer that the plan packs, and its weight in full precision."""
-
-    decision: Decision
-    weight: Tensor
-
-    @property
-    def name(self) -> str:
-        return self.decision.module.name
-
-    @property
-    def path(self) -> str:
-        return self.decision.module.path
-
-    @property
-    def format(self) -> Format:
-        return self.decision.format
-
-    def grid(self, packed: Calibrated, device: torch.device) -> Grid:
-        tensors = {name: tensor.to(device) for name, tensor in packed.tensors.items()}
-        return Grid.of(tensors, self.format, (self.weight.shape[0], self.weight.shape[1]))
+    return found

@@ -58,22 +58,13 @@ def pack_calibrated(weight: Tensor, moment: Tensor, fmt: Format, device: torch.d
     source = weight.to(device).float()
     grid = _grid(source, damped, fmt, {name: tensor.to(device) for name, tensor in plain.items()})
     cells, absmax = _swept(source, damped, grid, *_gptq(source, damped, grid))
-    packed = {name: tensor.cpu() for name, tensor in grid.stored(absmax, cells).items()}
+    packed = {name: tensor.cpu() for name, tensor in grid.stored(cells, absmax).items()}
     before = weighted_error(plain, weight, moment, fmt, device)
     after = weighted_error(packed, weight, moment, fmt, device)
     if not after < before:
         return Calibrated(plain, plain_error, before, before)
-    return Calibrated(packed, _error(packed, weight, fmt), after, before)
-
-
-def with_scales(
-    packed: Calibrated, absmax: Tensor, weight: Tensor, moment: Tensor, fmt: Format, device: torch.device
-) -> Calibrated:
-    """The same codes beside other absmax, [out, blocks]; the rest as in `pack_calibrated`."""
-    grid = Grid.of(packed.tensors, fmt, (weight.shape[0], weight.shape[1]))
-    tensors = grid.stored(absmax.cpu())
-    weighted = weighted_error(tensors, weight, moment, fmt, device)
-    return Calibrated(tensors, _error(tensors, weight, fmt), weighted, packed.plain)
+    error = relative_error(dequantize(fmt, packed, tuple(weight.shape)).to(device) - source, source)
+    return Calibrated(packed, error, after, before)
 
 
 def weighted_error(
@@ -84,11 +75,6 @@ def weighted_error(
     lost = source - dequantize(fmt, tensors, tuple(weight.shape)).to(device)
     whole, missing = (((w @ seen) * w).double().sum().item() for w in (source, lost))
     return (max(missing, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
-
-
-def _error(tensors: dict[str, Tensor], weight: Tensor, fmt: Format) -> float:
-    source = weight.cpu().float()
-    return relative_error(dequantize(fmt, tensors, tuple(weight.shape)) - source, source)
 
 
 def _grid(source: Tensor, seen: Tensor, fmt: Format, plain: dict[str, Tensor]) -> Grid:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cosyq.quantize.formats import INT8_STEP, NESTED_BLOCKSIZE, Format, block_scales, decode_offset, state_key
+from cosyq.quantize.formats import INT8_STEP, NESTED_BLOCKSIZE, Format, decode_offset, state_key
 
 
 @dataclass(frozen=True)
@@ -82,28 +82,9 @@ class Grid:
         """The absmax nearest to these that such blocks can have."""
         return absmax if self.nested is None else self.nested.nearest(absmax, blocks)[1]
 
-    def absmax(self) -> Tensor:
-        """As the tensors have them: [out, blocks] float32."""
-        if self.format.name == "int8":
-            return self.tensors["SCB"][:, None]
-        nested = None
-        if self.nested is not None:
-            parts = self.tensors["weight.nested_absmax"], self.tensors["weight.nested_quant_map"]
-            nested = (*parts, self.nested.offset)
-        return block_scales(self.tensors["weight.absmax"], nested).view(self.shape[0], -1)
-
-    def values(self) -> Tensor:
-        """What the tensors' codes stand for beside an absmax of 1: [out, blocks, block] float32."""
-        codes = self.tensors["weight"]
-        if self.format.name == "int8":
-            return (codes * INT8_STEP)[:, None]
-        pairs = torch.stack([codes >> 4, codes & 15], dim=-1).int()
-        return self.tensors["weight.quant_map"][pairs].view(self.shape[0], -1, self.block)
-
-    def stored(self, absmax: Tensor, cells: Tensor | None = None) -> dict[str, Tensor]:
-        """The tensors with the absmax nearest to these, [out, blocks] float32, and the codes of these cells, [out, in];
-        None leaves the codes as they are."""
-        return self.tensors | self._absmax(absmax) | ({} if cells is None else self._cells(cells))
+    def stored(self, cells: Tensor, absmax: Tensor) -> dict[str, Tensor]:
+        """The tensors with the codes of these cells [out, in] and the absmax nearest to these [out, blocks]."""
+        return self.tensors | self._cells(cells) | self._absmax(absmax)
 
     def _cells(self, cells: Tensor) -> dict[str, Tensor]:
         codes = self.codes[cells]

@@ -9,18 +9,22 @@ import torch
 from cosyq import build
 from cosyq.artifact.manifest import Manifest
 from cosyq.artifact.reader import load_stage, open_artifact, text_rows
-from cosyq.calibrate import llm, run
+from cosyq.calibrate import run
 from cosyq.calibrate.flow import flow_moments
-from cosyq.calibrate.llm import llm_moments, tune_scales
+from cosyq.calibrate.llm import llm_moments
 from cosyq.calibrate.moments import Moments
 from cosyq.calibrate.sentences import sentences
 from cosyq.cli.main import run as command
 from cosyq.errors import CheckpointError, RecipeError
+from cosyq.eval.distances import log_spectral
 from cosyq.eval.sentences import sentences as measured_with
+from cosyq.eval.stages import mels
+from cosyq.lossless import lossless_recipe
 from cosyq.model.flow import time_steps
 from cosyq.quantize.calibrated import Calibrated
 from cosyq.recipe import find_recipe, load_recipe
 from cosyq.runtime.synthesizer import load
+from cosyq.sequences import shown, speak
 
 CPU = torch.device("cpu")
 WANTED = ("stages.llm.calibrate={sequences: 3}", "stages.flow.calibrate={sequences: 1}")
@@ -108,48 +112,10 @@ def test_the_language_models_inputs_count_by_their_gradient(heard):
 
 def test_a_layer_that_is_given_nothing_has_no_moment():
     moments = Moments(["one"])
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="never used"):
         moments.of("one")
     moments.add("one", torch.zeros(2, 3), torch.ones(2, 1))
     assert moments.of("one").abs().max() == 0
-
-
-class Exact:
-    """Stands in for the grid of a weight that is held as it is, beside scales that are 3 % too large."""
-
-    def __init__(self, weight):
-        self._weight = weight.detach()
-
-    def values(self):
-        return self._weight[:, None]
-
-    def absmax(self):
-        return torch.full((len(self._weight), 1), 1.03)
-
-
-def test_scales_are_tuned_to_what_the_network_says(heard, monkeypatch):
-    monkeypatch.setattr(llm, "ROUNDS", 40)
-    monkeypatch.setattr(llm, "RATE", 3e-3)
-    artifact, said = heard
-    teacher, rows = network(artifact, "llm"), text_rows(artifact)
-    paths = ("layers.0.mlp.down_proj", "layers.1.self_attn.v_proj")
-    grids = {path: Exact(teacher.get_submodule(path).weight) for path in paths}
-
-    def divergence(student):
-        with torch.no_grad():
-            shown = llm._embeddings(teacher, rows, said[0])
-            wanted, found = (llm._logits(side, shown, said[0]).log_softmax(-1) for side in (teacher, student))
-        return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
-
-    untuned = network(artifact, "llm")
-    for path in paths:
-        untuned.get_submodule(path).weight.data.mul_(1.03)
-    student = network(artifact, "llm")
-    tuned = tune_scales(teacher, student, rows, said, grids, quiet)
-    assert divergence(student) < 0.5 * divergence(untuned)  # at a third of this rate 0.55 of it
-    for path, absmax in tuned.items():  # and these are the scales that it says it with
-        untuned.get_submodule(path).weight.data = teacher.get_submodule(path).weight * absmax
-    assert divergence(untuned) == pytest.approx(divergence(student), rel=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +189,25 @@ def _golden(*changes):
 
     base = ["source.repo=null", "source.revision=null", "source.sha256={}", "voices=[]", f"source.path={GOLDEN}"]
     return [*base, *changes]
+
+
+def test_cosyq_minis_mel_comes_twice_as_near(tmp_path):
+    """At the same bytes. Measured: 0.44 of plain nf4's distance with eight sequences, with one, of these words, 0.41."""
+    changes = ["voices=[{name: default, bundled: clara}]", "stages.llm.weights=int8"]
+    recipes = [load_recipe(find_recipe("mini-nf4"), [*changes, *more]) for more in ((), (WANTED[1],))]
+    prepared = [build.prepare(recipe, "") for recipe in (lossless_recipe(recipes[0]), *recipes)]
+    sides = []
+    for index, item in enumerate(prepared):
+        ready = run.calibrate(item, CPU, quiet)
+        folder = tmp_path / str(index)
+        build.run(item, folder, CPU, force=False, progress=quiet, calibrated=ready)
+        sides.append(open_artifact(folder))
+    speaker = load(sides[1], device="cpu")
+    voices = [speaker.voice("default")]
+    said = shown(speaker.requests, speak(speaker, ["The kitchen smells."], voices, seed=0, progress=quiet), voices)
+    exact, plain, calibrated = (next(mels(network(side, "flow"), said)) for side in sides)
+    distances = [log_spectral(exact, mel).mean() for mel in (plain, calibrated)]
+    assert distances[1] < 0.5 * distances[0]
+    assert sides[1].manifest.files["flow.safetensors"].bytes == pytest.approx(
+        sides[2].manifest.files["flow.safetensors"].bytes, abs=200
+    )

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosyq.quantize.calibrated import Calibrated, pack_calibrated, weighted_error, with_scales
+from cosyq.quantize.calibrated import pack_calibrated, weighted_error
 from cosyq.quantize.formats import Format, dequantize, four_bit, stored_tensors
 from cosyq.quantize.grid import Grid
 from cosyq.quantize.pack import pack
@@ -130,17 +130,14 @@ def test_the_same_bytes_every_time():
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_a_grid_is_what_the_tensors_hold(fmt):
-    weight, moment = layer()
+def test_a_grid_rounds_as_bitsandbytes_does(fmt):
+    """Beside the absmax that plain packing has: its own codes, to a handful of ties."""
+    weight, _ = layer()
     plain, _ = pack(weight, fmt, CPU)
     grid = Grid.of(plain, fmt, (48, 256))
-    whole = (grid.values() * grid.absmax()[..., None]).flatten(1)
-    assert torch.allclose(whole, dequantize(fmt, plain, (48, 256)), rtol=1e-6)
-    same = grid.stored(grid.absmax())
-    assert all(torch.equal(tensor, same[name]) for name, tensor in plain.items())
-    packed = Calibrated(plain, 0.1, 0.1, 0.1)
-    louder = with_scales(packed, grid.absmax() * 1.01, weight, moment, fmt, CPU)
-    assert torch.equal(louder.tensors["weight"], plain["weight"])
-    ratio = dequantize(fmt, louder.tensors, (48, 256)).norm() / whole.norm()
-    assert ratio == pytest.approx(1.01, abs=0.002)
-    assert louder.weighted > weighted_error(plain, weight, moment, fmt, CPU)
+    absmax = weight.view(48, -1, grid.block).abs().amax(-1)
+    cells = grid.nearest(weight, absmax.repeat_interleave(grid.block, dim=1))
+    stored = grid.stored(cells, absmax)
+    assert stored.keys() == plain.keys()
+    for name in plain:  # a row's scale in int8 is of weights in float16
+        assert name == "SCB" or (stored[name] != plain[name]).float().mean() < 0.02
