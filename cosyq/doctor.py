@@ -24,6 +24,7 @@ MEMINFO = Path("/proc/meminfo")
 PACKAGES = {
     "bitsandbytes": "quantizing, and the bnb engine",
     "huggingface_hub": "the Hub",
+    "jinja2": "pages of evaluations",
     "kaldi-native-fbank": "making voices",
     "numpy": "everything",
     "onnxruntime": "making voices",

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cosyq.artifact.manifest import Manifest
 from cosyq.errors import ArtifactError
+
+if TYPE_CHECKING:  # the command line reads names of files here, before torch
+    from cosyq.artifact.manifest import Manifest
 
 EVAL_FILE, BENCH_FILE = "eval.json", "bench.json"
 REPORT_FILES = (EVAL_FILE, BENCH_FILE)  # quality, speed

@@ -28,7 +28,7 @@ MATRIX, CONVOLUTION = ("mm", "addmm"), ("convolution", "_convolution")
 
 @pytest.fixture(scope="module")
 def tts(artifact_of):
-    return load(artifact_of("fp32"), device="cpu", engine="unpacked")
+    return load(artifact_of("fp32"), device="cpu", dtype="fp32", engine="unpacked")
 
 
 def counted(work):

@@ -17,7 +17,7 @@ from cosyq.publish.card import model_card
 from cosyq.publish.push import contents
 from cosyq.publish.reports import read_report
 
-QUICK = ("--device", "cpu", "--runs", "1", "--seconds", "1")
+QUICK = ("--dtype", "fp32", "--device", "cpu", "--runs", "1", "--seconds", "1")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_everything_is_measured_and_kept(cli, scratch_artifact, scratch, monkeyp
     found = json.loads(out)
     assert out.count("\n") == 1
     assert (found["engine"], found["dtype"], found["audio_seconds"], found["prompt_seconds"]) == (
-        "unpacked", "float32", 1, 3.0,
+        "cpu", "float32", 1, 3.0,
     )  # fmt: skip
     assert found["recipe_sha256"] == open_artifact(scratch_artifact).manifest.recipe_sha256
     assert found["language_model"]["tokens"] == 25

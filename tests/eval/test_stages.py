@@ -65,7 +65,7 @@ def by_key(series):
 def test_the_steps_are_those_of_speaking(artifact_of, heard_of):
     """One pass over all of an utterance gives what a token a step gives, from the prompt's last position on."""
     artifact = open_artifact(artifact_of("int8"))
-    heard, tts = heard_of(artifact), load(artifact, device="cpu")
+    heard, tts = heard_of(artifact), load(artifact, device="cpu", dtype="fp32", engine="unpacked")
     for item, found in zip(heard, steps_ahead(CPU.load(artifact, "llm"), text_rows(artifact), heard), strict=True):
         tokens, stops = item.spoken.tokens, item.spoken.finish == "stop"
         config = artifact.manifest.model.llm
@@ -79,7 +79,7 @@ def test_the_steps_are_those_of_speaking(artifact_of, heard_of):
 
 def test_mel_and_sound_are_those_of_speaking(artifact_of, heard_of, voice):
     artifact = open_artifact(artifact_of("int8"))
-    heard, tts = heard_of(artifact), load(artifact, device="cpu")
+    heard, tts = heard_of(artifact), load(artifact, device="cpu", dtype="fp32", engine="unpacked")
     mel = next(mels(CPU.load(artifact, "flow"), heard))
     whole = tts.convert(list(heard[0].audible), voice=voice)
     assert np.array_equal(sound(CPU.load(artifact, "vocoder"), mel).numpy(), whole.samples)
