@@ -26,7 +26,6 @@ SENTENCES = (
     "My grandmother used to bake bread every Saturday.",
     "Turn right at the second traffic light.",
 )
-# All in float32, which is the same speech on every CPU: what `auto` takes depends on the units that one has.
 UNDERSTOOD = 0.25  # of the words are wrong, at most
 CONVERTED = 0.5  # the same, of a sentence that was heard and said again
 NOISE = 0.8  # of the words are wrong, at least
@@ -63,7 +62,7 @@ def edits(found: list[str], wanted: list[str]) -> int:
 
 
 def word_error_rate(artifact: Path, sentences=SENTENCES) -> float:
-    tts = cosyq.load(artifact, device="cpu", dtype="fp32")
+    tts = cosyq.load(artifact, device="cpu")
     return error_rate((sentence, tts.synthesize(sentence, seed=0).samples) for sentence in sentences)
 
 
@@ -111,7 +110,10 @@ def test_random_weights_are_not_understood(tmp_path):
 
 def test_another_voice_is_another_speaker(artifact):
     """The voices that are heard in the speech are the ones that were asked for, in timbre and in pitch."""
-    tts, encoders = cosyq.load(artifact, device="cpu", dtype="fp32"), Encoders(bundled_checkpoint("mini"))
+    tts, encoders = (
+        cosyq.load(artifact, device="cpu", dtype="fp32", engine="unpacked"),
+        Encoders(bundled_checkpoint("mini")),
+    )
     flow = tts.engine.config.flow
     vectors, pitches = {}, {}
     for name in ("default", "magnus", "pip"):
@@ -128,7 +130,10 @@ def test_another_voice_is_another_speaker(artifact):
 
 
 def test_a_conversion_keeps_the_words_and_takes_the_voice(artifact):
-    tts, encoders = cosyq.load(artifact, device="cpu", dtype="fp32"), Encoders(bundled_checkpoint("mini"))
+    tts, encoders = (
+        cosyq.load(artifact, device="cpu", dtype="fp32", engine="unpacked"),
+        Encoders(bundled_checkpoint("mini")),
+    )
     said = tts.synthesize(SENTENCES[3], seed=0).samples
     tokens = encoders.speech_tokens(torch.from_numpy(Recording(said, 24_000).at(16_000))).tolist()
     converted = tts.convert(tokens, voice="magnus").samples

@@ -15,6 +15,7 @@ from cosyq.artifact.reader import open_artifact
 from cosyq.eval import metrics, run
 from cosyq.eval.metric import Series
 from cosyq.eval.sentences import sentences, spread
+from cosyq.eval.spoken import Aloud, Judges
 from cosyq.eval.stages import Arithmetic
 from cosyq.random_model import SMALL, write_random
 from cosyq.sequences import Spoken
@@ -170,23 +171,27 @@ def test_what_was_said_is_kept_for_all_that_decides_it(artifact_of, voice, kept,
     assert len(list((kept.parent / ".cache" / "cosyq" / "sequences").iterdir())) == 1
 
 
-def test_a_spoken_half_adds_what_it_found(artifact_of, tmp_path):
+def test_a_spoken_half_adds_what_it_found(artifact_of, tmp_path, monkeypatch):
     artifact, reference = (open_artifact(artifact_of(recipe)) for recipe in ("nf4", "fp32"))
+    voices = run.artifact_voices(artifact, 1)
+    wanted = Aloud(["hello"], voices, Judges())
 
-    def spoken(mine, other):
-        assert (mine.artifact, other.artifact) == (artifact, reference)
+    def both(mine, other, aloud, *, seed, progress):
+        assert (mine().artifact, other().artifact) == (artifact, reference)
+        assert (aloud, seed) == (wanted, 0)
         return [Series.of_means(metrics.MOS, [3.0, 3.0], [3.5, 4.0])], ("spoken",)
 
+    monkeypatch.setattr(run, "speak_both", both)
     found = run.evaluate(
         artifact,
         reference,
         ["hello"],
-        run.artifact_voices(artifact, 1),
+        voices,
         seed=0,
         arithmetic=Arithmetic(torch.device("cpu")),
         progress=lambda *_: None,
         sequences=tmp_path / "said.json",
-        spoken=spoken,
+        aloud=wanted,
     )
     assert found.findings[-1].metric is metrics.MOS
     assert found.findings[-1].difference.value == -0.75
