@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cosyq.artifact.reader import Artifact
 from cosyq.errors import ArtifactError, UsageError
 from cosyq.files import whole_file
 from cosyq.runtime.decode import Part, Silence
-from cosyq.runtime.request import Manner, Requests
+from cosyq.runtime.request import Manner, Requests, find_voice, voice_names
 from cosyq.runtime.synthesizer import Synthesizer
 from cosyq.text.prompt import placed_for_you
 from cosyq.text.tokenizer import END_OF_PROMPT
@@ -53,6 +54,11 @@ class Heard:
     @property
     def voice(self) -> Voice:
         return self.manner.voice
+
+
+def artifact_voices(artifact: Artifact, most: int | None = None) -> list[Voice]:
+    """The artifact's first `most` voices, or all, by the names of their files, which no two share."""
+    return [replace(find_voice(artifact, name), name=name) for name in voice_names(artifact)[:most]]
 
 
 def speak(

@@ -6,7 +6,6 @@ Memory beside the networks: a stage's second moments, for the full size 2.8 GB (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +20,8 @@ from cosyq.lossless import lossless, lossless_recipe
 from cosyq.model.inventory import Stage
 from cosyq.quantize.calibrated import Calibrated, pack_calibrated
 from cosyq.quantize.plan import Decision
-from cosyq.runtime.request import find_voice, voice_names
 from cosyq.runtime.synthesizer import load
-from cosyq.sequences import Heard, Progress, shown, speak
+from cosyq.sequences import Heard, Progress, artifact_voices, shown, speak
 
 SEED = 1 << 40  # of the first sequence; evaluations begin at 0
 
@@ -60,7 +58,7 @@ def calibrate(build: Build, device: torch.device, progress: Progress) -> dict[st
 
 def _speak(artifact: Artifact, count: int, device: torch.device, progress: Progress) -> list[Heard]:
     languages: tuple[Language, ...] = ("en",) if artifact.manifest.bundled else ("en", "zh")
-    voices = [replace(find_voice(artifact, name), name=name) for name in voice_names(artifact)]
+    voices = artifact_voices(artifact)
     speaker = load(artifact, device=str(device))
     said = speak(speaker, sentences(languages, count), voices, seed=SEED, progress=progress)
     return shown(speaker.requests, said, voices)[:count]

@@ -102,13 +102,14 @@ def evaluate(
     from cosyq.eval.spoken import Aloud, Judges
     from cosyq.eval.stages import Arithmetic
     from cosyq.runtime.engine import pick_device, pick_dtype
+    from cosyq.sequences import artifact_voices
 
     opened, place = open_artifact(folder), pick_device(device)
     source = None if against is None or _is_artifact(against) else against  # of encoders
     lines = [] if test_list is None else read_list(test_list, limit)
     own = given is None and not lines
     said = [line.text for line in lines] or spread(given or own_texts(opened.manifest.bundled, language), limit)
-    voices = run.artifact_voices(opened, len(said))
+    voices = artifact_voices(opened, len(said))
     aloud = None
     if spoken or recognizer or mos or lines:
         scoring = AS_PUBLISHED if lines else BY_WORDS

@@ -25,13 +25,14 @@ from cosyq.eval.opinion import Opinion
 from cosyq.eval.page import write_page
 from cosyq.eval.recognizers import recognizer
 from cosyq.eval.record import RECORD_FILE, write_record
-from cosyq.eval.run import artifact_voices, evaluate
+from cosyq.eval.run import evaluate
 from cosyq.eval.sentences import own_texts, spread
 from cosyq.eval.spoken import Aloud, Judges
 from cosyq.eval.stages import Arithmetic
 from cosyq.hub.snapshot import fetch
 from cosyq.lossless import lossless, recipe_against
 from cosyq.recipe import Recipe
+from cosyq.sequences import artifact_voices
 from cosyq.voices.enrol import SPEAKER_ENCODER
 
 PAGE_FILE = "report.html"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from cosyq.eval.evaluation import Compared, Evaluation
 from cosyq.eval.metric import Series, judge
 from cosyq.eval.spoken import Aloud, speak_both
 from cosyq.eval.stages import Arithmetic, compare
-from cosyq.runtime.request import Requests, find_voice, voice_names
+from cosyq.runtime.request import Requests
 from cosyq.runtime.synthesizer import Synthesizer, load
 from cosyq.sequences import Heard, Progress, Spoken, read_spoken, shown, speak, write_spoken
 from cosyq.voices.voice import Voice
@@ -46,7 +45,7 @@ def evaluate(
 
     Args:
         texts: what the reference says and both are shown, the voices taking turns; none leaves that out.
-        voices: of the artifact; see `artifact_voices`.
+        voices: of the artifact; see `sequences.artifact_voices`.
         sequences: the file that the reference's utterances are kept in; None is one in the user's cache.
         aloud: what both say by themselves, too.
 
@@ -89,11 +88,6 @@ def evaluate(
         extra=aloud.judges.names if aloud is not None else {},
         files={name: manifest.files[name].sha256 for name in STAGE_FILES.values()},
     )
-
-
-def artifact_voices(artifact: Artifact, most: int) -> list[Voice]:
-    """The artifact's first `most` voices, by the names of their files, which no two share."""
-    return [replace(find_voice(artifact, name), name=name) for name in voice_names(artifact)[:most]]
 
 
 def listen(

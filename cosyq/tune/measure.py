@@ -18,10 +18,11 @@ import cosyq
 from cosyq.build import Build
 from cosyq.checkpoint.reader import file_sha256
 from cosyq.errors import DeviceError
-from cosyq.eval.run import artifact_voices, cache_folder, listen, prepare_folder
+from cosyq.eval.run import cache_folder, listen, prepare_folder
 from cosyq.eval.stages import Arithmetic
 from cosyq.lossless import lossless, lossless_recipe
 from cosyq.recipe import Recipe
+from cosyq.sequences import artifact_voices
 from cosyq.tune.kept import Costs
 from cosyq.tune.probe import open_probe
 from cosyq.tune.sentences import sentences

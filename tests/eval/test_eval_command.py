@@ -18,7 +18,7 @@ from cosyq.eval.sentences import sentences, spread
 from cosyq.eval.spoken import Aloud, Judges
 from cosyq.eval.stages import Arithmetic
 from cosyq.random_model import SMALL, write_random
-from cosyq.sequences import Spoken
+from cosyq.sequences import Spoken, artifact_voices
 
 CPU = ("--device", "cpu")
 EXACT = [metric.key for metric in metrics.EXACT]
@@ -173,7 +173,7 @@ def test_what_was_said_is_kept_for_all_that_decides_it(artifact_of, voice, kept,
 
 def test_a_spoken_half_adds_what_it_found(artifact_of, tmp_path, monkeypatch):
     artifact, reference = (open_artifact(artifact_of(recipe)) for recipe in ("nf4", "fp32"))
-    voices = run.artifact_voices(artifact, 1)
+    voices = artifact_voices(artifact, 1)
     wanted = Aloud(["hello"], voices, Judges())
 
     def both(mine, other, aloud, *, seed, progress):

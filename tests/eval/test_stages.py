@@ -11,7 +11,7 @@ from conftest import relative
 from cosyq.artifact.reader import open_artifact, text_rows
 from cosyq.errors import DeviceError
 from cosyq.eval import metrics, stages
-from cosyq.eval.run import artifact_voices, listen
+from cosyq.eval.run import listen
 from cosyq.eval.stages import (
     Arithmetic,
     compare,
@@ -26,7 +26,7 @@ from cosyq.model.llm import KVCache
 from cosyq.runtime.decode import prefill, step
 from cosyq.runtime.request import Requests
 from cosyq.runtime.synthesizer import load
-from cosyq.sequences import Spoken, shown
+from cosyq.sequences import Spoken, artifact_voices, shown
 
 TEXTS = ("hello world", "the quick brown fox", "one two three")
 MINI_FP32 = (
