@@ -55,7 +55,9 @@ def _products(
         tap = i // steps
         a = tl.load(x + left + (tap * dilation * CI + (i % steps) * BK))
         b = tl.load(weight + right + i * BK * CO)
-        sums = tl.dot(a.to(b.dtype), b, sums)
+        sums = tl.dot(
+            a.to(b.dtype), b, sums, input_precision="tf32x3"
+        )  # of float32; 16 bits are multiplied as they are
     return sums
 
 

@@ -55,7 +55,7 @@ class _Row:
 class BatchDecoder:
     """As many utterances as `forward` has rows, each of at most `longest` speech ids.
 
-    A step of `burst` ids costs the host as much as one of a single id; what a row draws beyond its end is nothing.
+    The host learns of `burst` ids at once; what a row draws beyond its end is nothing.
     """
 
     def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int, burst: int = 1):

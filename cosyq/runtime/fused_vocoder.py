@@ -94,11 +94,11 @@ class FusedVocoder:
             last = i == len(w.stages) - 1
             rows = Extent(self.chunk, stage.rate, extra=last)
             taps = w.post.taps if last else w.stages[i + 1].up.taps
-            into = self._rows(f"low{i + 1}", split(b.low, 1, stage.down.outputs))
+            into = self._rows(f"low{i + 1}", split(b.x if last else b.low, 1, stage.down.outputs))
             act = Activation(into, taps, slope=POST_SLOPE if last else slope)
             self._stage(f"stage{i}", stage, low.into, frames, spectrum, rows, act)
             low, frames = act, rows
-        head = Activation(self._rows("head", b.head), (c.n_fft // c.hop,), slope=1.0)
+        head = Activation(self._rows("head", split(b.up, 1, w.post.outputs)), (c.n_fft // c.hop,), slope=1.0)
         conv(low.into, w.post, b.counts, rows=frames, act=head)
         overlap_add(head.into, w.inverse, b.counts, rows=frames, limit=c.audio_limit, most=MAX_MAGNITUDE, out=b.wav)
 

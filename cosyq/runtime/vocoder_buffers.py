@@ -28,10 +28,9 @@ class Buffers:
         self.frames = zeros(1, frames, 2)  # of the excitation
         self.spectrum = zeros(1, hops, w.basis.shape[1], dtype=dtype)
         self.low = zeros(max(largest, frames * w.pre.outputs), dtype=dtype)  # what the next stage upsamples
-        self.up, self.x = zeros(2, largest, dtype=dtype)
-        self.raw = zeros(blocks * largest, dtype=dtype)  # residual streams
+        self.up, self.x = zeros(2, max(largest, hops * w.post.outputs))  # at last the output layer's, out and in
+        self.raw = zeros(blocks * largest)
         self.acts = zeros(2, blocks * largest, dtype=dtype)  # activations in front of first and second convolutions
-        self.head = zeros(1, hops, w.post.outputs)
         self.wav = zeros(hops, w.inverse.hop)
 
 
@@ -70,7 +69,7 @@ def _sizes(w: Weights) -> dict[str, tuple[int, torch.dtype]]:
     """How many numbers of each buffer the next chunk needs; the names are those that `FusedVocoder` launches with."""
     dtype = w.pre.weight.dtype
     readers = [stage.up for stage in w.stages] + [w.post]
-    sizes = {f"low{i}": ((reader.taps[0] - 1) * reader.inputs, dtype) for i, reader in enumerate(readers)}
+    sizes = {f"low{i}": ((r.taps[0] - 1) * r.inputs, r.weight.dtype) for i, r in enumerate(readers)}
     for i, stage in enumerate(w.stages):
         for kind, pairs in (("source", stage.source), ("blocks", stage.blocks)):
             for j, pair in enumerate(pairs):

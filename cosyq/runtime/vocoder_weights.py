@@ -93,7 +93,7 @@ def pack(vocoder: Vocoder, dtype: torch.dtype) -> Weights:
     return Weights(
         pre=_conv([vocoder.conv_pre], dtype),
         stages=tuple(stages),
-        post=_conv([vocoder.conv_post], dtype),
+        post=_conv([vocoder.conv_post], torch.float32),
         pitch=tuple(_pitch_layer(layer) for layer in vocoder.f0_predictor.convs),
         source=_source_constants(vocoder),
         basis=_analysis(c.n_fft, vocoder.conv_pre.weight.device),

@@ -24,8 +24,12 @@ def utterance(tokens, prompt, *, streaming, final):
     )
 
 
-OFFLINE = utterance(325, 75, streaming=False, final=True)
-STREAMED = utterance(103, 87, streaming=True, final=False)
+def offline():
+    return utterance(325, 75, streaming=False, final=True)
+
+
+def streamed():
+    return utterance(103, 87, streaming=True, final=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def distance(found, expected):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_as_near_to_float32_as_the_plain_flow_in_bf16(fmt, noise):
-    cases = (OFFLINE, STREAMED)
+    cases = (offline(), streamed())
     exact = random_flow(fmt, torch.float32, CUDA)
     expected = [called(exact, u, noise) for u in cases]
     plain = random_flow(fmt, torch.bfloat16, CUDA)
@@ -60,8 +64,8 @@ def test_as_near_to_float32_as_the_plain_flow_in_bf16(fmt, noise):
 def test_neighbours_change_nothing_but_roundings(noise):
     fused = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA))
     some = [
-        OFFLINE,
-        STREAMED,
+        offline(),
+        streamed(),
         utterance(65, 50, streaming=True, final=True),
         utterance(40, 0, streaming=False, final=True),
     ]
