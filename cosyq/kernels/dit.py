@@ -24,6 +24,7 @@ from cosyq.kernels.packed import INT8_STEP
 TILE = 64
 EVERYWHERE = 1 << 30
 KEYS = 64  # taken at a time by attention
+NESTED_BLOCKSIZE = 256  # as `quantize.formats` has it
 LOG2_E = 1.4426950408889634
 
 
@@ -37,38 +38,59 @@ def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Ten
 
 
 @triton.jit
-def _unpack_rows(codes, scales, out, count, RUN: tl.constexpr, SIZE: tl.constexpr):
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    there = at < count
-    scale = tl.load(scales + at // RUN, mask=there, other=0.0)
-    code = tl.load(codes + at, mask=there, other=0, eviction_policy="evict_first").to(tl.float32)
-    tl.store(out + at, (code * scale * INT8_STEP).to(out.dtype.element_ty), mask=there)
+def _unpack_rows(codes, scales, out, pieces, RUN: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr):
+    piece = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    there = piece < pieces
+    scale = tl.load(scales + piece * PIECE // RUN, mask=there, other=0.0)[:, None]
+    at = piece[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
+    code = tl.load(codes + at, mask=there[:, None], other=0, eviction_policy="evict_first").to(tl.float32)
+    tl.store(out + at, (code * scale * INT8_STEP).to(out.dtype.element_ty), mask=there[:, None])
 
 
 def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type."""
-    count, size = codes.numel(), 4096
-    run = count // scales.numel()
-    _unpack_rows[(triton.cdiv(count, size),)](codes, scales, out, count, RUN=run, SIZE=size, num_warps=4)
+    run = codes.numel() // scales.numel()
+    piece = min(run & -run, 4096)  # a power of two, with one scale
+    pieces, count = codes.numel() // piece, 4096 // piece
+    _unpack_rows[(triton.cdiv(pieces, count),)](
+        codes, scales, out, pieces, RUN=run, PIECE=piece, COUNT=count, num_warps=4
+    )
 
 
 @triton.jit
-def _unpack_blocks(codes, scales, levels, out, count, RUN: tl.constexpr, SIZE: tl.constexpr):
-    first = tl.program_id(0) * SIZE
-    at = first + tl.arange(0, SIZE)
-    there = at < count
-    pair = tl.load(codes + at, mask=there, other=0, eviction_policy="evict_first").to(tl.int32)
-    scale = tl.load(scales + at * 2 // RUN, mask=there, other=0.0)
-    values = tl.interleave(tl.load(levels + (pair >> 4)) * scale, tl.load(levels + (pair & 15)) * scale)
-    at = 2 * first + tl.arange(0, 2 * SIZE)
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < 2 * count)
+def _unpack_blocks(
+    codes, scales, code, groups, levels, out, blocks,
+    NESTED: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    there = block < blocks
+    scale = tl.load(scales + block, mask=there, other=0)
+    if NESTED:
+        group = groups + block // NESTED * 2
+        spread, offset = tl.load(group, mask=there, other=0.0), tl.load(group + 1, mask=there, other=0.0)
+        scale = tl.load(code + scale.to(tl.int32)) * spread + offset
+    at = block[:, None] * (RUN // 2) + tl.arange(0, RUN // 2)[None, :]
+    pair = tl.load(codes + at, mask=there[:, None], other=0, eviction_policy="evict_first").to(tl.int32)
+    high, low = tl.load(levels + (pair >> 4)), tl.load(levels + (pair & 15))
+    values = tl.interleave(high * scale[:, None], low * scale[:, None]).to(out.dtype.element_ty)
+    tl.store(out + block[:, None] * RUN + tl.arange(0, RUN)[None, :], values, mask=there[:, None])
 
 
-def unpack_blocks(codes: Tensor, scales: Tensor, levels: Tensor, out: Tensor) -> None:
-    """4-bit codes, two a byte [n / 2], absmax of equal runs and the sixteen levels, float32, to out [n] in its type."""
-    count, size = codes.numel(), 2048
-    run = 2 * count // scales.numel()
-    _unpack_blocks[(triton.cdiv(count, size),)](codes, scales, levels, out, count, RUN=run, SIZE=size, num_warps=4)
+def unpack_blocks(
+    codes: Tensor, scales: Tensor, nested: tuple[Tensor, Tensor] | None, levels: Tensor, out: Tensor
+) -> None:
+    """4-bit codes, two a byte [n / 2], of equal blocks, and their sixteen levels, float32, to out [n] in its type.
+
+    scales: the blocks' absmax, float32; under double quantization uint8 codes of it, and `nested` is the values of
+    those, float32 [256], and scale and offset of every 256 blocks, float32 [groups, 2].
+    """
+    blocks, run = scales.numel(), 2 * codes.numel() // scales.numel()
+    code, groups = nested if nested is not None else (levels, levels)
+    count = max(4096 // run, 1)
+    _unpack_blocks[(triton.cdiv(blocks, count),)](
+        codes, scales, code, groups, levels, out, blocks,
+        NESTED=NESTED_BLOCKSIZE if nested is not None else 0, RUN=run, COUNT=count, num_warps=4,
+    )  # fmt: skip
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

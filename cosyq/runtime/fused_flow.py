@@ -20,7 +20,6 @@ from cosyq.kernels import dit as kernels
 from cosyq.model.config import FlowConfig
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
-from cosyq.quantize.formats import block_scales
 from cosyq.quantize.linear import DequantLinear
 
 BUCKET = 32  # frames; lengths are rounded up to share graphs
@@ -257,19 +256,27 @@ class _Room:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A flat run of packed weights: `scales` float32 for equal parts of them; `levels` [16] if they are 4-bit."""
+    """A flat run of packed weights: `scales` for equal parts of them; `levels` [16] if they are 4-bit.
+
+    Under double quantization the scales are codes, and `nested` says of what, as `kernels.unpack_blocks` has it.
+    """
 
     codes: Tensor
     scales: Tensor
-    levels: Tensor | None
+    levels: Tensor | None = None
+    nested: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, layer: DequantLinear) -> _Packed:
         t, fmt = layer.packed, layer.format
         if fmt.name == "int8":
-            return cls(t["weight"].view(-1), t["SCB"], None)
-        nested = (t["weight.nested_absmax"], t["weight.nested_quant_map"], layer.offset) if fmt.double_quant else None
-        return cls(t["weight"].view(-1), block_scales(t["weight.absmax"], nested), t["weight.quant_map"])
+            return cls(t["weight"].view(-1), t["SCB"])
+        nested = None
+        if fmt.double_quant:
+            spread = t["weight.nested_absmax"]
+            groups = torch.stack([spread, torch.full_like(spread, layer.offset)], dim=1)
+            nested = t["weight.nested_quant_map"], groups
+        return cls(t["weight"].view(-1), t["weight.absmax"], t["weight.quant_map"], nested)
 
     @property
     def count(self) -> int:
@@ -280,20 +287,29 @@ class _Packed:
         return self.count // self.scales.numel()
 
     def followed_by(self, other: _Packed) -> _Packed | None:
-        """Both as one, if they are of one kind."""
-        if (self.levels is None) != (other.levels is None):
+        """Both as one, if they are of one kind and groups of scales are whole."""
+        if not _same(self.levels, other.levels) or (self.nested is None) != (other.nested is None):
             return None
-        if self.levels is not None and other.levels is not None and not torch.equal(self.levels, other.levels):
-            return None
+        codes = torch.cat([self.codes, other.codes])
+        if self.nested is not None and other.nested is not None:
+            whole = self.scales.numel() % kernels.NESTED_BLOCKSIZE == 0
+            if not whole or self.run != other.run or not _same(self.nested[0], other.nested[0]):
+                return None
+            groups = torch.cat([self.nested[1], other.nested[1]])
+            return _Packed(codes, torch.cat([self.scales, other.scales]), self.levels, (self.nested[0], groups))
         run = gcd(self.run, other.run)
         scales = [p.scales.repeat_interleave(p.run // run) for p in (self, other)]
-        return _Packed(torch.cat([self.codes, other.codes]), torch.cat(scales), self.levels)
+        return _Packed(codes, torch.cat(scales), self.levels)
 
     def unpack(self, out: Tensor) -> None:
         if self.levels is None:
             kernels.unpack_rows(self.codes, self.scales, out)
         else:
-            kernels.unpack_blocks(self.codes, self.scales, self.levels, out)
+            kernels.unpack_blocks(self.codes, self.scales, self.nested, self.levels, out)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 _Part = tuple[Tensor | _Packed, Tensor]  # what to unpack, and where to

@@ -8,7 +8,7 @@ from conftest import relative
 
 from cosyq.kernels import dit
 from cosyq.model.dit import block_causal_mask, rope_tables, rotate_first
-from cosyq.quantize.formats import dequantize_blocks, dequantize_rows
+from cosyq.quantize.formats import block_scales, dequantize_blocks, dequantize_rows
 
 LENGTHS = (70, 5)  # more than a tile, and less
 HALF = 96  # frames of both and some that belong to none
@@ -65,11 +65,16 @@ def test_rows_unpack():
     assert torch.equal(out.view(33, 160), dequantize_rows(codes, scales))
 
 
-def test_blocks_unpack():
-    codes, levels = torch.randint(0, 256, (33 * 80,), dtype=torch.uint8), torch.randn(16)
-    scales, out = torch.rand(33 * 5), poisoned(33 * 160)
-    dit.unpack_blocks(codes, scales, levels, out)
-    assert torch.equal(out.view(33, 160), dequantize_blocks(codes, levels, scales, 32, torch.Size((33, 160))))
+@pytest.mark.parametrize("double", [False, True])
+def test_blocks_unpack(double):
+    codes, levels, out = torch.randint(0, 256, (33 * 160,), dtype=torch.uint8), torch.randn(16), poisoned(33 * 320)
+    scales, nested, groups = torch.rand(330), None, None  # more than one group of scales
+    if double:
+        scales, code, spread = torch.randint(0, 256, (330,), dtype=torch.uint8), torch.rand(256), torch.rand(2)
+        nested, groups = (spread, code, 0.25), (code, torch.stack([spread, torch.full((2,), 0.25)], dim=1))
+    dit.unpack_blocks(codes, scales, groups, levels, out)
+    expected = dequantize_blocks(codes, levels, block_scales(scales, nested), 32, torch.Size((33, 320)))
+    assert torch.equal(out.view(33, 320), expected)
 
 
 def test_gelu_is_the_one_by_tanh():

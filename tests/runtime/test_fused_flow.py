@@ -11,7 +11,7 @@ from cosyq.model.flow import Flow, start_noise
 from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.linear import DequantLinear
 from cosyq.quantize.pack import pack
-from cosyq.runtime.fused_flow import FusedFlow, Utterance
+from cosyq.runtime.fused_flow import FusedFlow, Utterance, _Packed
 
 SMALL = FlowConfig(
     vocab=40, token_dim=8, mel_dim=12, speaker_dim=6, token_mel_ratio=2, lookahead=3, lookahead_channels=16,
@@ -118,3 +118,16 @@ def test_what_is_called_between_steps_may_end_the_work():
         fused.solve([OFFLINE], start_noise(SMALL), steps=2, between=stop)
     assert len(calls) == 2
     assert relative(called(fused, OFFLINE, 1), called(plain, OFFLINE, 1)) < EXACT
+
+
+@pytest.mark.parametrize("fmt", [INT8, NF4, four_bit("nf4", 64, False)], ids=str)
+def test_layers_of_one_kind_unpack_as_one(fmt):
+    """As they do at full size, where a layer has whole groups of scales; here 256 and 512 blocks."""
+    layers = []
+    for rows, width in ((128, 128), (128, 256)):
+        tensors, _ = pack(torch.randn(rows, width), fmt, CPU)
+        layers.append(DequantLinear(fmt, (rows, width), tensors, None))
+    both = _Packed.of(layers[0]).followed_by(_Packed.of(layers[1]))
+    out = torch.full((both.count,), float("nan"))
+    both.unpack(out)
+    assert torch.equal(out, torch.cat([layer.weight().view(-1) for layer in layers]))
