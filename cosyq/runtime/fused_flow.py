@@ -26,6 +26,7 @@ from cosyq.runtime.flow_past import Past, tail_numbers
 BUCKET = 32  # frames; lengths are rounded up to share graphs
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 64  # kept at most
+_Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,18 @@ class FusedFlow:
         view.pasts.zero_()
         view.begin(given, noise[:frames])
         past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
+        now = Past.empty(self.config, frames, 1, dtype=self.dtype, device=self.device)
+        keep = now.tails(self.config, 0), now.keys_and_values(self.config, 0)
+        graph = None
         for step, row in enumerate(self._tables[steps]):
             self._row.copy_(row)
-            self._step(view, (past.tails(self.config, step), past.keys_and_values(self.config, step)))
+            if graph is not None:
+                graph.replay()
+            elif self._stream is not None:
+                graph = self._step_and_capture(view, self._stream, keep)
+            else:
+                self._step(view, keep)
+            past.memory[step].copy_(now.memory[0])
         return past
 
     def _view(self, half: int, tiles: int, positions: int) -> _View:
@@ -164,17 +174,19 @@ class FusedFlow:
                 self._forget(GRAPHS // 2)
             self._graphs[key] = self._step_and_capture(view, self._stream)
 
-    def _step_and_capture(self, view: _View, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _step_and_capture(
+        self, view: _View, stream: torch.cuda.Stream, keep: _Keep | None = None
+    ) -> torch.cuda.CUDAGraph:
         """Launch a step behind what the current stream holds, and capture another one meanwhile."""
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # for cuBLAS; graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._step(view)
+            self._step(view, keep)
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                self._step(view)
+                self._step(view, keep)
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -187,10 +199,10 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: _View, keep: tuple[Tensor, Tensor] | None = None) -> None:
+    def _step(self, v: _View, keep: _Keep | None = None) -> None:
         """x moves by one step of the timestep in `_row`.
 
-        keep: where to put what a `Past` has of a step, of a sequence that is alone.
+        keep: of a sequence that is alone.
         """
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)

@@ -37,6 +37,7 @@ SHARE = 0.25  # of the memory that is free, for the rows' keys and values
 PROMPTS = 0.1  # of it, for what the flow keeps of voices' prompts
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
+BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
 PATIENCE = 5.0  # seconds for the thread to end
 
 log = logging.getLogger("cosyq.runtime")
@@ -270,13 +271,16 @@ class InFlight:
         can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
         if can_wait and expecting and self._held < IDS_HELD:
             return []
-        room, steps = self.tts.engine.flow_frames - driest.lines[0].rendering.frames, driest.lines[0].rendering.steps
-        chosen = [driest]
+        engine, steps = self.tts.engine, driest.lines[0].rendering.steps
+        chosen, taken = [driest], driest.lines[0].rendering.frames
         for flight in due[1:]:
             rendering = flight.lines[0].rendering
-            if bool(flight.started) == bool(driest.started) and rendering.steps == steps and rendering.frames <= room:
+            # What has to be quick, a first chunk, takes others along as far as they cost it little.
+            alike = bool(flight.started) == bool(driest.started)
+            most = engine.flow_frames if alike else engine.flow_frames // BESIDE
+            if rendering.steps == steps and taken + rendering.frames <= most:
                 chosen.append(flight)
-                room -= rendering.frames
+                taken += rendering.frames
         return chosen
 
     def _render(self, flights: list[Flight]) -> None:

@@ -88,15 +88,16 @@ def test_logits_of_a_prompt(engines, voice):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 def test_rows_begin_as_the_reference_does(engines, voice, rows):
     """Ragged prompts side by side: the first ids, before roundings lead apart, and each row again by itself."""
-    fused, exact, _ = engines
+    fused, exact, plain = engines
     shown = [prompt(exact, voice, 40 - 2 * row) for row in range(rows)]
     found = ids(fused.decoder(rows, positions=400, room=ROOM), shown)
     again = ids(fused.decoder(rows, positions=400, room=ROOM), shown)
-    wanted = ids(exact.decoder(rows, positions=400, room=ROOM), shown)
     assert found == again
     assert all(len(tokens) == ROOM for tokens in found)
-    agreeing = sum(a[0] == b[0] for a, b in zip(found, wanted, strict=True))
-    assert agreeing >= 0.7 * rows  # flat logits: a draw near an edge may fall on its other side
+    wanted, rounded = (ids(e.decoder(rows, positions=400, room=ROOM), shown) for e in (exact, plain))
+    agreeing, expected = (sum(a[0] == b[0] for a, b in zip(said, wanted, strict=True)) for said in (found, rounded))
+    # Flat logits: a draw near an edge falls on its other side, with torch's own bfloat16 no less often.
+    assert agreeing >= expected - rows**0.5
 
 
 def test_mel_and_samples(engines, voice):

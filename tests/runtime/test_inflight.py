@@ -287,6 +287,9 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     ):
         batch._active = flights
         assert batch._choose() == chosen
+    engine.flow_frames = 400 * inflight.BESIDE
+    batch._active = [rich, poor, new, large]
+    assert batch._choose() == [new, poor, rich]  # a first one takes others along, as far as that is short
     batch._active = []
 
 
