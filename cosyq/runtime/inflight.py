@@ -1,9 +1,10 @@
 """Many requests in flight over one engine: they come and go between steps, and each hears what it would hear alone.
 
-One thread owns the engine. In turns it draws an id for every request that has a row of the language model's batch, and
-renders one chunk: first chunks first, in order of arrival, then that of the stream which would run dry first. Between
-the steps of a render it goes on drawing, takes in who came and lets go of who left, so that nobody waits for a render
-of somebody else's. While a request has no audio yet, a stream that has some in hand waits for a few steps.
+One thread owns the engine. It renders the chunks that are due, first chunks first, in order of arrival, then those of
+the streams which would run dry first; and where none is due it draws ids, for every request that has a row of the
+language model's batch. Between the steps of a render it draws for those who have no audio in hand, takes in who came
+and lets go of who left, so that nobody waits for a render of somebody else's. While a request has no audio yet, a
+stream that has some in hand waits for a few steps.
 
 It knows text and options, ids and samples; not HTTP, clients, or how long a queue may be.
 """
@@ -11,6 +12,7 @@ It knows text and options, ids and samples; not HTTP, clients, or how long a que
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -155,7 +157,7 @@ class InFlight:
                 self._held = 0
                 self._render(chosen)
                 return True
-            return worked
+            return self._draw() or worked
         except Exception as error:  # nobody may wait for a thread that is dead
             why = self._explain(error)
             for flight in list(self._active):
@@ -163,18 +165,12 @@ class InFlight:
             return True
 
     def _advance(self) -> bool:
-        """Let go of who left, take in who came, show what is new, draw an id in every row."""
+        """Let go of who left, take in who came, show what is new, and draw for those who cannot wait."""
         self._sweep()
         worked = False
         for flight in list(self._active):
             worked |= self._attempt(flight, self._show)
-        drawing = {f.row: f for f in self._active if f.row is not None and f.line_drawn}
-        # Who has a chunk's worth of ids waits with more; renders are what is short.
-        if any(flight.lines[0].rendering.due is None for flight in drawing.values()):
-            self._draw(drawing)
-            self._held += self._decoder.burst
-            worked = True
-        return worked
+        return self._draw(urgent=True) or worked
 
     def _sweep(self) -> None:
         for flight in [f for f in self._active if f.listener.cancelled]:
@@ -222,7 +218,15 @@ class InFlight:
         line.drawing, line.shown = True, []
         return True
 
-    def _draw(self, drawing: dict[int, Flight]) -> None:
+    def _draw(self, *, urgent: bool = False) -> bool:
+        """A step for every row, if somebody lacks the ids of its next chunk; `urgent`: somebody who cannot wait.
+
+        A step takes as long for one row as for many: those with audio in hand wait until many need one.
+        """
+        drawing = {f.row: f for f in self._active if f.row is not None and f.line_drawn}
+        soon = time.monotonic() + IN_HAND if urgent else math.inf
+        if not any(f.dry_at < soon and f.lines[0].rendering.due is None for f in drawing.values()):
+            return False
         try:
             started = time.perf_counter()
             self._decoder.step()
@@ -232,10 +236,12 @@ class InFlight:
             why = self._explain(error)
             for flight in drawing.values():
                 self._end(flight, why)
-            return
+            return True
+        self._held += self._decoder.burst
         for row, news in told.items():
             if row in drawing:
                 self._heard(drawing[row], news, seconds)
+        return True
 
     def _heard(self, flight: Flight, news: News, seconds: float) -> None:
         line = flight.line_drawn

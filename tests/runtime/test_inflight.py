@@ -293,6 +293,37 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     batch._active = []
 
 
+def test_ids_wait_for_a_step_of_many_where_there_is_audio_in_hand(batch):
+    def flight(started, sent, due):
+        rendering = type("Rendering", (), {"due": 5 if due else None})
+        line = type("Line", (), {"rendering": rendering})
+        about = {"lines": [line], "row": started, "line_drawn": line, "dry_at": started + sent}
+        return type("Flight", (), about)
+
+    steps, decoder, now = [], batch._decoder, time.monotonic()
+    fake = {"burst": 4, "step": lambda _: steps.append(1), "news": lambda _: {}}
+    batch._decoder = type("Decoder", (), fake)()
+    rich, poor, new, ready = (
+        flight(now - 1, 9, False),
+        flight(now - 2, 2.1, False),
+        flight(0, 0, False),
+        flight(0, 0, True),
+    )
+    for flights, urgent, draws in (
+        ([rich], True, False),
+        ([rich], False, True),
+        ([rich, poor], True, True),
+        ([rich, new], True, True),
+        ([ready], False, False),
+        ([ready, rich], True, False),
+        ([ready, rich], False, True),
+    ):
+        batch._active = flights
+        assert batch._draw(urgent=urgent) is draws
+    assert len(steps) == 4
+    batch._active, batch._decoder = [], decoder
+
+
 def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, voice):
     """Also where one of them leaves meanwhile, and one cannot be rendered."""
     engine.flow_frames, engine.delay = 10_000, 0.01
