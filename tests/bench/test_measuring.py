@@ -16,7 +16,8 @@ from cosyq.bench.original import Original, original_on
 from cosyq.bench.parts import LanguageModel, Speech, Stage
 from cosyq.bench.report import Held, Results, Subject, number, to_json
 from cosyq.bench.roofline import Floor, Floors
-from cosyq.bench.streams import concurrent
+from cosyq.bench.serve import Served
+from cosyq.bench.streams import Answers, Heard, Load, Streams, concurrent
 from cosyq.bench.timing import Repeat, Spread
 from cosyq.errors import CosyqError
 from cosyq.random_model import random_voice
@@ -77,7 +78,9 @@ def test_streams_go_through_the_servers_rows(artifact_of, monkeypatch):
     tts = load(artifact_of("int8"), device="cpu")
     manner = tts.requests.manner({"voice": None, "seed": 0})
     said = []
-    one, six = concurrent(tts, manner, (1, 6), 2, said.append)
+    found = concurrent(tts, manner, Load((1, 6), 2, 0), said.append)
+    assert found.alone == ()
+    one, six = found.streams
     assert (one.streams, one.rows, one.requests) == (1, 4, 2)
     assert (six.streams, six.rows, six.requests) == (6, 4, 12)
     assert six.audio_seconds_per_second > 0
@@ -165,6 +168,34 @@ def test_the_figures():
     assert found["speech"]["first_audio_seconds"] == {"median": 0.0314, "least": 0.03, "most": 0.04}
     assert found["memory_bytes"]["spoken"]["peak"] == 7 << 20
     assert found["floors"]["token"] == {"bytes": 290_000_000, "operations": 7, "seconds": 0.0001}
+
+
+def test_costs_are_differences_seed_by_seed():
+    """The second request is four seconds longer on both sides."""
+    own = Answers((), (Heard(0.100, 1.0, 3.0), Heard(0.300, 5.0, 9.0), Heard(0.200, 2.0, 4.0)))
+    streams = (Streams(1, 16, 3, 60.0, 0.104, 0.2), Streams(32, 16, 96, 200.0, 0.5, 0.9))
+    served = Answers(streams, (Heard(0.103, 1.0015, 3.0), Heard(0.302, 5.004, 9.0), Heard(0.204, 2.002, 4.0)))
+    found = Served.of(served, own)
+    assert found.requests == 3
+    assert found.first_audio_seconds.median == 0.204
+    assert found.engine_first_audio_seconds == Spread(0.200, 0.100, 0.300)
+    assert found.first_audio_cost_seconds.median == pytest.approx(0.003)
+    assert found.first_audio_cost_seconds.most == pytest.approx(0.004)
+    assert found.whole_cost_seconds.median == pytest.approx(0.002)
+
+    report = to_json(Results(SUBJECT, streams=streams, served=found))
+    assert report["rows"] == [
+        ["1 stream", "60.0 s of audio a second, first audio 104 ms, p95 200 ms", ""],
+        ["32 streams, 16 at a time", "200 s of audio a second, first audio 500 ms, p95 900 ms", ""],
+        ["1 client over HTTP", "60.0 s of audio a second, first audio 104 ms, p95 200 ms", ""],
+        ["32 clients over HTTP, 16 at a time", "200 s of audio a second, first audio 500 ms, p95 900 ms", ""],
+        ["first audio, engine alone", "200 ms", "100 ms to 300 ms"],
+        ["first audio over HTTP", "204 ms", "103 ms to 302 ms"],
+        ["what HTTP adds to the first audio", "3.00 ms", "2.00 ms to 4.00 ms"],
+        ["what HTTP adds to the last audio", "2.00 ms", "1.50 ms to 4.00 ms"],
+    ]
+    assert report["served"]["first_audio_cost_seconds"] == {"median": 0.003, "least": 0.002, "most": 0.004}
+    assert [s["streams"] for s in report["served"]["streams"]] == [1, 32]
 
 
 def test_the_original_stands_beside_the_same_work_on_the_same_card(artifact_of):
