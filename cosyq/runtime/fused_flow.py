@@ -168,10 +168,11 @@ class FusedFlow:
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
-            block.unpack()
+            block.unpack("attention")
             _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
             kernels.rotate(v.qkv, v.rope, v.tiles)
             kernels.attend(v.qkv, v.tiles, v.context, c.heads)
+            block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
             kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
@@ -327,7 +328,7 @@ class _Block:
     out_bias: Tensor
     up_bias: Tensor
     down_bias: Tensor
-    parts: tuple[_Part, ...]
+    parts: dict[str, tuple[_Part, ...]]
 
     @classmethod
     def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
@@ -345,11 +346,14 @@ class _Block:
             a.to_out.bias,
             f.up.bias,
             f.down.bias,
-            _merged([part for _, parts in found for part in parts]),
+            {
+                name: _merged([part for _, parts in pair for part in parts])
+                for name, pair in (("attention", found[:2]), ("feed-forward", found[2:]))
+            },
         )
 
-    def unpack(self) -> None:
-        for source, place in self.parts:
+    def unpack(self, half: str) -> None:
+        for source, place in self.parts[half]:
             if isinstance(source, _Packed):
                 source.unpack(place)
             else:
