@@ -3,7 +3,8 @@
 A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
 evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that. One
 evaluation is a CUDA graph, captured while the first of its length runs, so that even a first utterance gains by it.
-What changes from step to step, the timestep's modulation and size, is copied in before each replay.
+What changes from step to step, the timestep's modulation and size, is copied in before each replay. What comes before
+the first step is a graph too: launched one by one, its kernels would take as long as a step of a short utterance.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
 
-BUCKET = 32  # frames; lengths are rounded up to share graphs
+BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
+TOKENS = 32  # likewise, before the first step
+MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 64  # kept at most
 
@@ -62,7 +65,7 @@ class FusedFlow:
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
         self._room: _Room | None = None
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         # What is captured cannot be on the default stream.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -94,8 +97,8 @@ class FusedFlow:
             ValueError: one is longer than the noise.
         """
         table = self._tables[steps]
-        given = [self._front.condition(u.tokens, u.speaker, u.prompt_mel, final=u.final) for u in utterances]
-        lengths = [len(g) for g in given]
+        ratio, ahead = self.config.token_mel_ratio, self.config.lookahead
+        lengths = [ratio * (len(u.tokens) - (0 if u.final else ahead)) for u in utterances]
         if max(lengths) > noise.shape[0]:
             raise ValueError(f"{max(lengths)} frames asked for, the fixed noise covers {noise.shape[0]}")
         half = -(-sum(lengths) // BUCKET) * BUCKET
@@ -103,11 +106,15 @@ class FusedFlow:
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         view = self._view(half, tiles)
         view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
-        view.begin(torch.cat(given), torch.cat([noise[:length] for length in lengths]))
+        view.given.view(2, half, -1)[:, :, self.config.mel_dim :] = 0
+        first = 0
+        for u, length in zip(utterances, lengths, strict=True):
+            view.begin(slice(first, first + length), noise[:length], u.prompt_mel, self._told(u))
+            first += length
         for row in table:
             between()
             self._row.copy_(row)
-            self._advance(view, (half, tiles))
+            self._launch(lambda: self._step(view), (half, tiles))
         found = view.x[: sum(lengths)].split(lengths)
         return [x[len(u.prompt_mel) :].T.clone() for x, u in zip(found, utterances, strict=True)]
 
@@ -122,28 +129,49 @@ class FusedFlow:
             self._room = _Room(self.config, frames, count, self._frequencies, self.dtype)
         return self._room.view(half, tiles)
 
-    def _advance(self, view: _View, key: tuple[int, int]) -> None:
-        """One Euler step."""
+    def _told(self, u: Utterance) -> _Told:
+        """What the front makes of an utterance; valid until the next one's."""
+        assert self._room is not None
+        count = -(-len(u.tokens) // TOKENS) * TOKENS
+        told = self._room.told(count)
+        told.tokens[: len(u.tokens)] = u.tokens
+        told.tokens[len(u.tokens) :] = -1
+        told.speaker.copy_(u.speaker)
+        if count > MANY:
+            self._encode(told)
+        else:
+            self._launch(lambda: self._encode(told), ("front", count))
+        return told
+
+    def _encode(self, told: _Told) -> None:
+        front, there = self._front, (told.tokens >= 0)[:, None]
+        embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
+        encoded = front.token_encoder(embedded[None], True)[0]  # zeros follow the last token, one way or the other
+        told.encoded.copy_(encoded.repeat_interleave(self.config.token_mel_ratio, dim=0))
+        told.voice.copy_(front.voice(told.speaker))
+
+    def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
+        """Do it, as a graph if it was done before."""
         if self._stream is None:
-            self._step(view)
+            work()
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
             if len(self._graphs) == GRAPHS:
                 self._forget(GRAPHS // 2)
-            self._graphs[key] = self._step_and_capture(view, self._stream)
+            self._graphs[key] = self._do_and_capture(work, self._stream)
 
-    def _step_and_capture(self, view: _View, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        """Launch a step behind what the current stream holds, and capture another one meanwhile."""
+    def _do_and_capture(self, work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """Launch work behind what the current stream holds, and capture it once more meanwhile."""
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # for cuBLAS; graphs take turns
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._step(view)
+            work()
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                self._step(view)
+                work()
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -199,15 +227,26 @@ class _View:
     rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
     tiles: Tensor
 
-    def begin(self, condition: Tensor, noise: Tensor) -> None:
-        """Enter condition [frames, ...] and noise [frames, mel] of all utterances."""
-        frames, mel = noise.shape
-        half = len(self.x)
-        self.x[:frames] = noise
-        self.given[:frames, :mel] = noise
-        self.given[:frames, mel:] = condition
-        self.given[half : half + frames, :mel] = noise
-        self.given[half : half + frames, mel:] = 0
+    def begin(self, rows: slice, noise: Tensor, prompt: Tensor, told: _Told) -> None:
+        """Enter an utterance's noise [frames, mel], and its condition where there were zeros."""
+        mel, frames = noise.shape[1], len(noise)
+        self.x[rows] = noise
+        both = self.given.view(2, len(self.x), -1)
+        both[:, rows, :mel] = noise
+        conditional = both[0, rows, mel:]
+        conditional[: len(prompt), :mel] = prompt[:frames]
+        conditional[:, mel:-mel] = told.encoded[:frames]
+        conditional[:, -mel:] = told.voice
+
+
+@dataclass(frozen=True)
+class _Told:
+    """An utterance's tokens and speaker, and what the estimator is told of them, float32."""
+
+    tokens: Tensor  # [n] int64, -1 after the last
+    speaker: Tensor  # [speaker_dim]
+    encoded: Tensor  # [n * token_mel_ratio, token_dim]
+    voice: Tensor  # [mel]
 
 
 class _Room:
@@ -230,8 +269,16 @@ class _Room:
         }
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
+        tokens = -(-(half // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
+        self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._encoded = torch.zeros(tokens * c.token_mel_ratio, c.token_dim, device=device)
+        self._speaker, self._voice = (torch.zeros(n, device=device) for n in (c.speaker_dim, c.mel_dim))
         angles = torch.outer(torch.arange(half, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
+
+    def told(self, count: int) -> _Told:
+        encoded = self._encoded[: count * self.config.token_mel_ratio]
+        return _Told(self._tokens[:count], self._speaker, encoded, self._voice)
 
     def view(self, half: int, tiles: int) -> _View:
         rows, c = 2 * half, self.config
