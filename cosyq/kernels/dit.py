@@ -66,9 +66,8 @@ def _let_next_start(PDL: tl.constexpr):
 @triton.jit
 def _end_behind(PDL: tl.constexpr):
     """For a kernel that reads nothing of the one before it: it does not end before that one."""
-    if PDL:
-        if tl.program_id(0) == 0:
-            gdc_wait()
+    if tl.program_id(0) == 0:
+        _wait(PDL)
 
 
 @triton.jit
@@ -123,7 +122,7 @@ def unpack_blocks(
     """4-bit codes, two a byte [n / 2], of equal blocks, and their sixteen levels, float32, to out [n] in its type.
 
     scales: the blocks' absmax, float32; under double quantization uint8 codes of it, and `nested` is the values of
-    those, float32 [256], and scale and offset of every 256 blocks, float32 [groups, 2]. Waits for nothing, like `unpack_rows`.
+    those, float32 [256], and scale and offset of every 256 blocks, float32 [groups, 2]. Does not wait either.
     """
     blocks, run = scales.numel(), 2 * codes.numel() // scales.numel()
     code, groups = nested if nested is not None else (levels, levels)

@@ -55,9 +55,10 @@ class FusedFlow:
         self._frequencies = estimator.rope_frequencies.data.float()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
         self._convolutions = _convolutions(estimator.conv_pos)
-        sizes = _block_sizes(self.config)
         packed = any(isinstance(layer, DequantLinear) for layer in estimator.blocks.modules())
-        scratch = torch.empty(sum(sizes) if packed else 0, dtype=self.dtype, device=self.device)
+        scratch = torch.empty(
+            max(p.stop for p in _places(self.config)) if packed else 0, dtype=self.dtype, device=self.device
+        )
         self._blocks: list[_Block] = []
         for index in range(self.config.depth):  # one by one, so that only one is there twice
             self._blocks.append(_Block.of(estimator.blocks[index], self.config, scratch))
@@ -380,7 +381,7 @@ class _Block:
     @classmethod
     def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
         a, f = block.attn, block.ff
-        places = scratch.split(_block_sizes(config)) if scratch.numel() else [scratch] * 4
+        places = [scratch[place] for place in _places(config)]
         groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
         found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
         qkv, out, up, down = (matrix for matrix, _ in found)
@@ -407,10 +408,20 @@ class _Block:
                 place.copy_(source)
 
 
-def _block_sizes(c: FlowConfig) -> list[int]:
-    """Numbers in a block's matrices: queries, keys and values together, out, up, down."""
+def _places(c: FlowConfig) -> list[slice]:
+    """Where a block's matrices are in the scratch: queries, keys and values together, out, up, down.
+
+    The last two may begin where the first was: they are unpacked after its product.
+    """
     inner = c.heads * c.head_dim
-    return [3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim]
+    qkv, out, up, down = 3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim
+    start = max(up + down - qkv, 0)
+    return [
+        slice(start, start + qkv),
+        slice(start + qkv, start + qkv + out),
+        slice(0, up),
+        slice(up, up + down),
+    ]
 
 
 def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
