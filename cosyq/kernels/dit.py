@@ -167,13 +167,13 @@ def add_norm(
 ) -> None:
     """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm.
 
-    The number of rows is a multiple of 4.
+    The number of rows is even.
     """
     rows, dim = residual.shape
     gate, y = added if added is not None else (scale, residual)
-    _add_norm[(rows // 4,)](
+    _add_norm[(rows // 2,)](
         residual, y, gate, scale, shift, out,
-        ADD=added is not None, EPS=eps, DIM=dim, ROWS=4, SIZE=triton.next_power_of_2(dim), num_warps=4,
+        ADD=added is not None, EPS=eps, DIM=dim, ROWS=2, SIZE=triton.next_power_of_2(dim), num_warps=4,
         **_overlapping(out.device),
     )  # fmt: skip
 
