@@ -22,6 +22,7 @@ from cosyq.model.config import FlowConfig
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
+from cosyq.runtime.flow_past import Past, tail_numbers
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 TOKENS = 32  # likewise, before the first step
@@ -32,13 +33,18 @@ GRAPHS = 64  # kept at most
 
 @dataclass(frozen=True)
 class Utterance:
-    """What `Flow.forward` asks for; tensors on the device."""
+    """What `Flow.forward` asks for; tensors on the device. `past` is of its prompt's begin, if that was kept."""
 
     tokens: Tensor
     speaker: Tensor
     prompt_mel: Tensor
     streaming: bool
     final: bool
+    past: Past | None = None
+
+    @property
+    def past_frames(self) -> int:
+        return 0 if self.past is None else self.past.frames
 
 
 class FusedFlow:
@@ -99,45 +105,70 @@ class FusedFlow:
         """
         table = self._tables[steps]
         ratio, ahead = self.config.token_mel_ratio, self.config.lookahead
-        lengths = [ratio * (len(u.tokens) - (0 if u.final else ahead)) for u in utterances]
-        if max(lengths) > noise.shape[0]:
-            raise ValueError(f"{max(lengths)} frames asked for, the fixed noise covers {noise.shape[0]}")
+        ends = [ratio * (len(u.tokens) - (0 if u.final else ahead)) for u in utterances]
+        longest = max(ends)
+        if longest > noise.shape[0]:
+            raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
+        lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
         half = -(-sum(lengths) // BUCKET) * BUCKET
         tiles = half // kernels.TILE + len(utterances)
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
-        view = self._view(half, tiles)
+        view = self._view(half, tiles, longest)
         view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
-        view.given.view(2, half, -1)[:, :, self.config.mel_dim :] = 0
+        pasts = _past_table([u.past for u in utterances], lengths, tiles, steps).to(self.device)
         first = 0
-        for u, length in zip(utterances, lengths, strict=True):
-            view.begin(slice(first, first + length), noise[:length], u.prompt_mel, self._told(u))
+        view.clear()
+        for u, start, length in zip(utterances, (u.past_frames for u in utterances), lengths, strict=True):
+            told = self._told(u.tokens, u.speaker)
+            view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
             first += length
-        for row in table:
+        for row, past in zip(table, pasts, strict=True):
             between()
             self._row.copy_(row)
+            view.pasts.copy_(past)
             self._launch(lambda: self._step(view), (half, tiles))
         found = view.x[: sum(lengths)].split(lengths)
-        return [x[len(u.prompt_mel) :].T.clone() for x, u in zip(found, utterances, strict=True)]
+        return [x[len(u.prompt_mel) - u.past_frames :].T.clone() for x, u in zip(found, utterances, strict=True)]
 
-    def _view(self, half: int, tiles: int) -> _View:
-        if self._room is None or half > self._room.half or tiles > self._room.tiles:
-            held = self._room
+    @torch.inference_mode()
+    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Past:
+        """What later calls need of a prompt's frames, which are whole blocks; arguments as in `Flow.forward`.
+
+        The last `lookahead` of the tokens are only looked at.
+        """
+        frames = self.config.token_mel_ratio * (len(tokens) - self.config.lookahead)
+        half = -(-frames // BUCKET) * BUCKET
+        tiles = half // kernels.TILE + 1
+        view = self._view(half, tiles, frames)
+        view.tiles.copy_(kernels.tile_table([frames], [self.config.chunk_frames], tiles))
+        view.pasts.zero_()
+        view.clear()
+        view.begin(0, slice(0, frames), noise, prompt_mel, self._told(tokens, speaker))
+        past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
+        for step, row in enumerate(self._tables[steps]):
+            self._row.copy_(row)
+            self._step(view, (past.tails(self.config, step), past.keys_and_values(self.config, step)))
+        return past
+
+    def _view(self, half: int, tiles: int, positions: int) -> _View:
+        room = self._room
+        if room is None or half > room.half or tiles > room.tiles or positions > room.positions:
             self._forget(len(self._graphs))  # they hold addresses
-            self._room = None  # freed before its successor is allocated
-            frames = max(-(-half // ROOM) * ROOM, held.half if held else 0)
-            count = max(2 * frames // kernels.TILE, tiles, held.tiles if held else 0)
-            del held
-            self._room = _Room(self.config, frames, count, self._frequencies, self.dtype)
-        return self._room.view(half, tiles)
+            frames = max(-(-half // ROOM) * ROOM, room.half if room else 0)
+            count = max(2 * frames // kernels.TILE, tiles, room.tiles if room else 0)
+            places = max(frames, -(-positions // ROOM) * ROOM, room.positions if room else 0)
+            self._room = room = None  # freed before its successor is allocated
+            self._room = room = _Room(self.config, frames, count, places, self._frequencies, self.dtype)
+        return room.view(half, tiles)
 
-    def _told(self, u: Utterance) -> _Told:
+    def _told(self, tokens: Tensor, speaker: Tensor) -> _Told:
         """What the front makes of an utterance; valid until the next one's."""
         assert self._room is not None
-        count = -(-len(u.tokens) // TOKENS) * TOKENS
+        count = -(-len(tokens) // TOKENS) * TOKENS
         told = self._room.told(count)
-        told.tokens[: len(u.tokens)] = u.tokens
-        told.tokens[len(u.tokens) :] = -1
-        told.speaker.copy_(u.speaker)
+        told.tokens[: len(tokens)] = tokens
+        told.tokens[len(tokens) :] = -1
+        told.speaker.copy_(speaker)
         if count > MANY:
             self._encode(told)
         else:
@@ -185,22 +216,31 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: _View) -> None:
-        """x moves by one step of the timestep in `_row`."""
+    def _step(self, v: _View, keep: tuple[Tensor, Tensor] | None = None) -> None:
+        """x moves by one step of the timestep in `_row`.
+
+        keep: where to put what a `Past` has of a step, of a sequence that is alone.
+        """
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
         (first, first_bias), (second, second_bias) = self._convolutions
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.normed)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.residual)
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.pasts, v.residual, which=1)
+        if keep is not None:
+            tails, frames = keep[0], keep[1].shape[2]
+            for tail, read in zip(tails, (v.change, v.normed), strict=True):
+                tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
             _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-            kernels.rotate(v.qkv, v.rope, v.tiles)
-            kernels.attend(v.qkv, v.tiles, v.context, c.heads)
+            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
+            if keep is not None:
+                keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
+            kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
@@ -227,17 +267,22 @@ class _View:
     velocity: Tensor  # [rows, mel]
     rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
     tiles: Tensor
+    pasts: Tensor
 
-    def begin(self, rows: slice, noise: Tensor, prompt: Tensor, told: _Told) -> None:
-        """Enter an utterance's noise [frames, mel], and its condition where there were zeros."""
-        mel, frames = noise.shape[1], len(noise)
-        self.x[rows] = noise
+    def clear(self) -> None:
+        """No condition."""
+        self.given[:, self.x.shape[1] :] = 0
+
+    def begin(self, first: int, frames: slice, noise: Tensor, prompt: Tensor, told: _Told) -> None:
+        """Enter some frames of an utterance, from row `first`: their noise, and their condition where there is none."""
+        mel, rows = self.x.shape[1], slice(first, first + frames.stop - frames.start)
+        self.x[rows] = noise[frames]
         both = self.given.view(2, len(self.x), -1)
-        both[:, rows, :mel] = noise
-        conditional = both[0, rows, mel:]
-        conditional[: len(prompt), :mel] = prompt[:frames]
-        conditional[:, mel:-mel] = told.encoded[:frames]
-        conditional[:, -mel:] = told.voice
+        both[:, rows, :mel] = noise[frames]
+        condition = both[0, rows, mel:]
+        condition[: max(len(prompt) - frames.start, 0), :mel] = prompt[frames]
+        condition[:, mel:-mel] = told.encoded[frames]
+        condition[:, -mel:] = told.voice
 
 
 @dataclass(frozen=True)
@@ -251,10 +296,12 @@ class _Told:
 
 
 class _Room:
-    """The memory of activations for up to `half` frames, all utterances together."""
+    """The memory of activations for up to `half` frames, all utterances together, none beyond `positions`."""
 
-    def __init__(self, config: FlowConfig, half: int, tiles: int, frequencies: Tensor, dtype: torch.dtype):
-        self.half, self.tiles, self.config = half, tiles, config
+    def __init__(
+        self, config: FlowConfig, half: int, tiles: int, positions: int, frequencies: Tensor, dtype: torch.dtype
+    ):
+        self.half, self.tiles, self.positions, self.config = half, tiles, positions, config
         device = frequencies.device
         c, inner = config, config.heads * config.head_dim
         self._widths = {
@@ -270,11 +317,12 @@ class _Room:
         }
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
-        tokens = -(-(half // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
+        self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
+        tokens = -(-(positions // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
         self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._encoded = torch.zeros(tokens * c.token_mel_ratio, c.token_dim, device=device)
         self._speaker, self._voice = (torch.zeros(n, device=device) for n in (c.speaker_dim, c.mel_dim))
-        angles = torch.outer(torch.arange(half, device=device, dtype=torch.float32), frequencies)
+        angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
 
     def told(self, count: int) -> _Told:
@@ -300,6 +348,7 @@ class _Room:
             velocity=part("velocity", c.mel_dim),
             rope=self._rope,
             tiles=self._table[:tiles],
+            pasts=self._pasts[:tiles],
         )
 
 
@@ -466,6 +515,24 @@ def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
         weight = layer.weight.data.view(layer.groups, out // layer.groups, width, taps)
         found.append((weight.permute(0, 3, 2, 1).contiguous(), layer.bias.data))
     return found
+
+
+def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int, steps: int) -> Tensor:
+    """`kernels.dit`'s of every step, [steps, tiles, 2] int64 on the host."""
+    table = torch.zeros(steps, tiles, 2, dtype=torch.int64)
+    first = 0
+    for past, length in zip(pasts, lengths, strict=True):
+        last = first + -(-length // kernels.TILE)
+        if past is not None:
+            table[:, first:last, 0] = past.frames
+            table[:, first:last, 1] = torch.tensor([past.address(step) for step in range(steps)])[:, None]
+        first = last
+    return table
+
+
+def _branches(rows: Tensor, frames: int) -> Tensor:
+    """The first frames of each half of rows [n, width], [2, frames, width]."""
+    return rows.view(2, -1, rows.shape[1])[:, :frames]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

@@ -34,6 +34,7 @@ from cosyq.runtime.synthesizer import Synthesizer
 
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
+PROMPTS = 0.1  # of it, for what the flow keeps of voices' prompts
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 PATIENCE = 5.0  # seconds for the thread to end
@@ -53,6 +54,8 @@ class InFlight:
         self.tts, self.rows = tts, rows
         self._on_fatal = on_fatal
         self._decoder = tts.engine.decoder(rows, positions=POSITIONS, room=ROOM)
+        if tts.engine.device.type == "cuda":
+            tts.engine.keep_prompts(int(PROMPTS * torch.cuda.mem_get_info(tts.engine.device)[0]))
         self._waiting: deque[Flight] = deque()
         self._active: list[Flight] = []
         self._held = 0  # ids of a row since a render
@@ -145,12 +148,18 @@ class InFlight:
 
     def _turn(self) -> bool:
         """A step for every row, and perhaps a render; whether there was anything to do."""
-        worked = self._advance()
-        if chosen := self._choose():
-            self._held = 0
-            self._render(chosen)
+        try:
+            worked = self._advance()
+            if chosen := self._choose():
+                self._held = 0
+                self._render(chosen)
+                return True
+            return worked
+        except Exception as error:  # nobody may wait for a thread that is dead
+            why = self._explain(error)
+            for flight in list(self._active):
+                self._end(flight, why)
             return True
-        return worked
 
     def _advance(self) -> bool:
         """Let go of who left, take in who came, show what is new, draw an id in every row."""

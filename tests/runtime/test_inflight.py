@@ -26,7 +26,8 @@ class Slowed:
     def __init__(self, engine):
         self._engine, self.name, self.config, self.device = engine, engine.name, engine.config, engine.device
         self.embed, self.speech_tokens, self.samples = engine.embed, engine.speech_tokens, engine.samples
-        self.weights, self.flow_frames = engine.weights, engine.flow_frames
+        self.weights, self.flow_frames, self.growth = engine.weights, engine.flow_frames, engine.growth
+        self.frames, self.keep_prompts = engine.frames, engine.keep_prompts
         self.delay, self.errors, self.done = 0.0, {}, []
         self.steps, self.poison, self.during = 0, None, []
 
@@ -306,6 +307,20 @@ def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, 
     assert max(len(work) for work in engine.done if isinstance(work, tuple)) > 1
     for seed, ear in enumerate(ears):
         np.testing.assert_array_equal(joined(ear.chunks), joined(tts.stream("hello there", seed=seed)))
+
+
+def test_what_is_wrong_with_the_engine_ends_what_is_spoken_and_nothing_else(batch, engine):
+    def broken(chunk):
+        raise ValueError("secret text")
+
+    frames, engine.frames = engine.frames, broken
+    ear = submit(batch, TEXT)
+    assert ear.over.wait(10)
+    assert "internal error: ValueError" in str(ear.error)
+    engine.frames = frames
+    ear = submit(batch, TEXT)
+    assert ear.over.wait(20)
+    assert ear.error is None
 
 
 def test_what_is_wrong_with_one_harms_no_other(batch, engine, voice, tts):
