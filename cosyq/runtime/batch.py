@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,7 @@ from cosyq.errors import DeviceError
 from cosyq.model.config import SamplingConfig
 from cosyq.runtime.batch_sampling import sample_rows
 from cosyq.runtime.decode import Embed, Finish, Part
-from cosyq.runtime.forward import Forward
+from cosyq.runtime.forward import Forward, Prompt
 from cosyq.runtime.sampling import draws, not_finite
 
 SPAN = 256  # attention runs over a multiple of so many positions
@@ -74,6 +75,7 @@ class BatchDecoder:
         self.uniform = torch.zeros(rows, longest, 2, device=device)
         self.drawn = counts(IDLE).repeat(burst, 1)  # in the last step
         self.free = set(range(rows))
+        self._shown: dict[int, Prompt] = {}  # and not run yet
         self._rows: dict[int, _Row] = {}
         self._steps = 0  # begun
         self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids on the host, once the event is over
@@ -82,10 +84,16 @@ class BatchDecoder:
         """Whether a row can hold so many positions of a prompt and so many speech ids after them."""
         return 0 < maximum <= self.longest and positions + maximum <= self.forward.capacity
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Inputs made within need not wait for what the caller's stream is about."""
+        return self.forward.aside()
+
     def join(
         self, embeddings: Tensor, *, minimum: int, maximum: int, generator: torch.Generator, room: int | None = None
     ) -> int:
         """Begin an utterance with its prompt, embeddings [1, t, hidden]; returns its row.
+
+        The prompt is run with the next step, beside those of others that came meanwhile.
 
         Args:
             minimum, maximum: of speech ids; the first `minimum` may not be its end.
@@ -94,17 +102,19 @@ class BatchDecoder:
 
         Raises:
             ValueError: there is no free row, or it may grow beyond what a row holds.
+            torch.OutOfMemoryError: the device has no room for it; the others can go on.
         """
         room = maximum if room is None else room
         if not self.free:
             raise ValueError("every row is taken")
         if not self.fits(embeddings.shape[1], room):
             raise ValueError(f"{embeddings.shape[1]} positions and {room} ids do not fit a row")
-        row = min(self.free)
-        self._rows[row] = _Row(self._steps, 0, 0, 0)
-        self.uniform[row, :room] = draws(room, generator).to(self.uniform.device)
-        self.drawn_count[row], self.recent[row] = 0, -1
-        self._go_on(row, embeddings, minimum, maximum)
+        row, state, uniform = min(self.free), _Row(self._steps, 0, 0, 0), draws(room, generator)
+        self._go_on(row, state, embeddings, minimum, maximum)
+        with self.aside():
+            self.uniform[row, :room] = uniform.to(self.uniform.device)
+            self.drawn_count[row], self.recent[row] = 0, -1
+        self._rows[row] = state
         self.free.remove(row)
         return row
 
@@ -116,34 +126,57 @@ class BatchDecoder:
 
         Raises:
             ValueError: it goes on still, or may grow beyond what a row holds.
+            torch.OutOfMemoryError: the device has no room for it; the others can go on.
         """
         state = self._rows[row]
         if not state.ended:
             raise ValueError("the row has not come to its end")
         if maximum > self.longest or state.past + embeddings.shape[1] + maximum - state.count > self.forward.capacity:
             raise ValueError(f"{maximum} ids do not fit a row")
+        self._go_on(row, state, embeddings, minimum, maximum)
         state.since, state.ended = self._steps, False
-        self._go_on(row, embeddings, minimum, maximum)
 
     @torch.inference_mode()
-    def _go_on(self, row: int, embeddings: Tensor, minimum: int, maximum: int) -> None:
-        state = self._rows[row]
-        self.logits[row] = self.forward.prefill(row, embeddings, state.past)
-        state.past += embeddings.shape[1]
-        state.reach, state.maximum = state.past, maximum
-        self.positions[row], self.minimum[row], self.maximum[row] = state.past, minimum, maximum
-        self.finished[row] = False
+    def _go_on(self, row: int, state: _Row, embeddings: Tensor, minimum: int, maximum: int) -> None:
+        past = state.past + embeddings.shape[1]
+        embeddings = self.forward.taken(embeddings)
+        with self.aside():
+            self.forward.reserve(row, past)
+            self.positions[row], self.minimum[row], self.maximum[row] = past, minimum, maximum
+            self.finished[row] = False
+        self._shown[row] = Prompt(row, embeddings, state.past)
+        state.past = state.reach = past
+        state.maximum = maximum
 
     def leave(self, row: int) -> None:
         """The row is free for another utterance, whether this one has ended or not."""
-        self.finished[row] = True
+        with self.aside():
+            self.finished[row] = True
+            self.forward.release(row)
+        self._shown.pop(row, None)
         del self._rows[row]
         self.free.add(row)
 
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """Run what was shown and not run yet: `logits` follow it. A step does so by itself."""
+        shown, self._shown = list(self._shown.values()), {}
+        if shown:
+            with self.aside():
+                rows = torch.tensor([prompt.row for prompt in shown], device=self.logits.device)
+                self.logits.index_copy_(0, rows, self.forward.prefill(shown))
+
     def step(self) -> None:
         """Draw `burst` ids in every row that goes on, and compute what follows them."""
-        for state in self._rows.values():
-            state.reach += 0 if state.ended else self.burst
+        self.prefill()
+        with self.aside():
+            self._step()
+
+    def _step(self) -> None:
+        for row, state in self._rows.items():
+            if not state.ended:
+                self.forward.reserve(row, state.reach + self.burst)
+                state.reach += self.burst
         taken = max(self._rows, default=0) + 1
         reach = max((state.reach for state in self._rows.values()), default=1)
         rows = min(1 << (taken - 1).bit_length(), self.forward.rows)

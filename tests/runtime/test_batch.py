@@ -145,6 +145,7 @@ def test_a_row_that_is_not_finite_says_so_and_its_neighbour_goes_on(engine):
         batch.join(p, minimum=5, maximum=LONGEST, generator=torch.Generator().manual_seed(s))
         for s, p in enumerate((one, other))
     ]
+    batch.prefill()
     batch.logits[rows[0]] = torch.nan
     for _ in range(3):
         batch.step()

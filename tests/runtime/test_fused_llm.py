@@ -11,7 +11,7 @@ from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.linear import DequantLinear
 from cosyq.quantize.pack import pack
 from cosyq.runtime.batch import BatchDecoder
-from cosyq.runtime.forward import TorchForward
+from cosyq.runtime.forward import Prompt, TorchForward
 from cosyq.runtime.fused_llm import FusedDecoder, FusedForward, FusedLM
 
 CONFIG = LLMConfig(
@@ -70,7 +70,7 @@ def test_logits_are_the_plain_ones(formats):
     llm = language_model(*formats)
     expected = TorchForward(llm, rows=1, capacity=3 * PAGE)
     found = FusedForward(FusedLM(llm, torch.float32), rows=1, capacity=3 * PAGE)
-    torch.testing.assert_close(found.prefill(0, prompt(1, 9), 0), expected.prefill(0, prompt(1, 9), 0))
+    torch.testing.assert_close(found.prefill([Prompt(0, prompt(1, 9), 0)]), expected.prefill([Prompt(0, prompt(1, 9), 0)]))
     found.reserve(0, PAGE)
     first = found.buffers.pages[0, 0]
     for mine, its in ((found.keys, expected._cache.keys), (found.values, expected._cache.values)):
