@@ -409,9 +409,7 @@ class Pass:
     pdl: bool
 
     def launch(self, warps: int, stages: int) -> dict[str, Any]:
-        return {"PDL": self.pdl, "num_warps": warps, "num_stages": stages} | (
-            {"launch_pdl": True} if self.pdl else {}
-        )
+        return {"PDL": self.pdl, "num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if self.pdl else {})
 
     def product(self, packed: Packed, tile: Tile, x: Tensor) -> dict[str, Any]:
         bk = min(tile.k, max(triton.next_power_of_2(packed.k), 16))
@@ -419,8 +417,8 @@ class Pass:
         a_line = {INT8.value: 128, FLOAT.value: 128 // packed.weight.element_size()}.get(packed.kind, 256)
         lines = triton.next_power_of_2(triton.cdiv(min(span, packed.k), a_line) + 1)
         return {
-            "LINES": lines, "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block, "LOOKUP": packed.lookup,
-            "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": bk,
+            "LINES": lines, "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block,
+            "LOOKUP": packed.lookup, "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": bk,
         } | self.launch(tile.warps, tile.stages)  # fmt: skip
 
     def squares(self, hidden: int) -> dict[str, int]:
@@ -444,7 +442,6 @@ def run_layer(layer: Layer, next_gain: Tensor, keys: Tensor, values: Tensor, b: 
     """
     t, m, stride = p.tiles, p.rows, b.pages.stride(0)
     squares = p.squares(b.x.shape[1])
-    half = p.dim // 2
     turned = p.product(layer.qkv, t.qkv, b.gained)
     turned["BN"] = min(t.qkv.n, p.dim)
     _turned[((p.heads + 2 * p.kv_heads) * (p.dim // turned["BN"]), triton.cdiv(m, t.qkv.m))](

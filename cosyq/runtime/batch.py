@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,17 @@ class News:
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     error: DeviceError | None = None
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a row is to run before it goes on; uniform [room, 2] of a newcomer."""
+
+    prompt: Prompt
+    count: int
+    minimum: int
+    maximum: int
+    uniform: Tensor | None
 
 
 @dataclass
@@ -62,20 +74,16 @@ class BatchDecoder:
     def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
         rows, device = forward.rows, forward.device
         self.forward, self.sampling, self.longest, self.burst = forward, sampling, longest, burst
-
-        def counts(value: int = 0) -> Tensor:
-            return torch.full((rows,), value, dtype=torch.int64, device=device)
-
         self.every = torch.arange(rows, device=device)
-        self.positions, self.drawn_count = counts(), counts()
-        self.minimum, self.maximum = counts(), counts()
+        self._counts = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.positions, self.drawn_count, self.minimum, self.maximum = self._counts
         self.finished = torch.ones(rows, dtype=torch.bool, device=device)
         self.logits = torch.zeros(rows, forward.config.speech_rows, device=device)
         self.recent = torch.full((rows, sampling.win_size), -1, device=device)
         self.uniform = torch.zeros(rows, longest, 2, device=device)
-        self.drawn = counts(IDLE).repeat(burst, 1)  # in the last step
+        self.drawn = torch.full((burst, rows), IDLE, device=device)  # in the last step
         self.free = set(range(rows))
-        self._shown: dict[int, Prompt] = {}  # and not run yet
+        self._shown: dict[int, _Shown] = {}  # and not run yet
         self._rows: dict[int, _Row] = {}
         self._steps = 0  # begun
         self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids on the host, once the event is over
@@ -109,11 +117,8 @@ class BatchDecoder:
             raise ValueError("every row is taken")
         if not self.fits(embeddings.shape[1], room):
             raise ValueError(f"{embeddings.shape[1]} positions and {room} ids do not fit a row")
-        row, state, uniform = min(self.free), _Row(self._steps, 0, 0, 0), draws(room, generator)
-        self._go_on(row, state, embeddings, minimum, maximum)
-        with self.aside():
-            self.uniform[row, :room] = uniform.to(self.uniform.device)
-            self.drawn_count[row], self.recent[row] = 0, -1
+        row, state = min(self.free), _Row(self._steps, 0, 0, 0)
+        self._go_on(row, state, embeddings, minimum, maximum, draws(room, generator))
         self._rows[row] = state
         self.free.remove(row)
         return row
@@ -133,18 +138,17 @@ class BatchDecoder:
             raise ValueError("the row has not come to its end")
         if maximum > self.longest or state.past + embeddings.shape[1] + maximum - state.count > self.forward.capacity:
             raise ValueError(f"{maximum} ids do not fit a row")
-        self._go_on(row, state, embeddings, minimum, maximum)
+        self._go_on(row, state, embeddings, minimum, maximum, None)
         state.since, state.ended = self._steps, False
 
-    @torch.inference_mode()
-    def _go_on(self, row: int, state: _Row, embeddings: Tensor, minimum: int, maximum: int) -> None:
+    def _go_on(
+        self, row: int, state: _Row, embeddings: Tensor, minimum: int, maximum: int, uniform: Tensor | None
+    ) -> None:
         past = state.past + embeddings.shape[1]
-        embeddings = self.forward.taken(embeddings)
         with self.aside():
             self.forward.reserve(row, past)
-            self.positions[row], self.minimum[row], self.maximum[row] = past, minimum, maximum
-            self.finished[row] = False
-        self._shown[row] = Prompt(row, embeddings, state.past)
+        prompt = Prompt(row, self.forward.taken(embeddings), state.past)
+        self._shown[row] = _Shown(prompt, state.count, minimum, maximum, uniform)
         state.past = state.reach = past
         state.maximum = maximum
 
@@ -163,8 +167,25 @@ class BatchDecoder:
         shown, self._shown = list(self._shown.values()), {}
         if shown:
             with self.aside():
-                rows = torch.tensor([prompt.row for prompt in shown], device=self.logits.device)
-                self.logits.index_copy_(0, rows, self.forward.prefill(shown))
+                self._run_shown(shown)
+
+    def _run_shown(self, shown: list[_Shown]) -> None:
+        """In few copies, however many they are."""
+        device, prompts = self.logits.device, [s.prompt for s in shown]
+        past = [prompt.past + prompt.embeddings.shape[1] for prompt in prompts]
+        rows = sent([prompt.row for prompt in prompts], device)
+        counts = [past, [s.count for s in shown], [s.minimum for s in shown], [s.maximum for s in shown]]
+        self._counts.index_copy_(1, rows, sent(counts, device))
+        new = [s.prompt.row for s in shown if s.uniform is not None]
+        if new:
+            uniform = torch.zeros(len(new), self.longest, 2)
+            for place, drawn in zip(uniform, (s.uniform for s in shown if s.uniform is not None), strict=True):
+                place[: len(drawn)] = drawn
+            newcomers = sent(new, device)
+            self.uniform.index_copy_(0, newcomers, sent(uniform, device))
+            self.recent.index_fill_(0, newcomers, -1)
+        self.finished.index_fill_(0, rows, False)
+        self.logits.index_copy_(0, rows, self.forward.prefill(prompts))
 
     def step(self) -> None:
         """Draw `burst` ids in every row that goes on, and compute what follows them."""
@@ -250,6 +271,12 @@ class BatchDecoder:
             state.ended = state.count >= state.maximum
             news.finish = "length" if state.ended else None
             state.past += not state.ended
+
+
+def sent(values: Any, device: torch.device) -> Tensor:
+    """Numbers of the host, or a tensor, on the device, without waiting for what it has to do."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def follow_alone(

@@ -49,7 +49,8 @@ class Forward(Protocol):
         """The row has no positions any more."""
 
     def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Run what rows are shown, all of which are different: [prompts, speech_rows] float32, each one's last logits."""
+        """Run what rows are shown, each at most one prompt: the logits behind their ends, [prompts, speech_rows]
+        float32."""
 
     def __call__(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
         """Run one speech id of each of the first b rows, ids [b] int64, at its position, [b] int64: logits

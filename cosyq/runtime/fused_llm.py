@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from cosyq.kernels.rows import TOGETHER, Pass, Rows
 from cosyq.model.config import LLMConfig, SamplingConfig
 from cosyq.model.llm import LanguageModel, rope_tables
 from cosyq.quantize.linear import DequantLinear, PackedEmbedding
-from cosyq.runtime.batch import BatchDecoder
+from cosyq.runtime.batch import BatchDecoder, sent
+from cosyq.runtime.chunks import chunks
 from cosyq.runtime.forward import Prompt
 
 FIRST_PAGES = 4  # of a row: 512 positions, a prompt and ten seconds
@@ -202,14 +203,14 @@ class FusedForward:
         for p in prompts:
             self.reserve(p.row, p.past + p.embeddings.shape[1])
         given = torch.cat([p.embeddings[0] for p in prompts]).float()
-        for chunk in chunks([(p.row, p.past, p.embeddings.shape[1]) for p in prompts]):
-            self._table.copy_(chunk.table)
+        placed = [(p.row, p.past, p.embeddings.shape[1]) for p in prompts]
+        for chunk in chunks(placed, size=CHUNK, tile=TOGETHER):
+            self._table.copy_(sent(chunk.table, self.device))
             rows = next(size for size in SIZES if size >= chunk.rows)
             torch.index_select(given, 0, self._table[2, :rows], out=self._prompt.x[:rows])
             pages, ends = self.pages_for(chunk.reach), -(-len(chunk.ended) // TOGETHER) * TOGETHER
             self.recorded.run(("prompts", rows, pages, ends), partial(self._show, rows, pages, ends))
-            for place, prompt in enumerate(chunk.ended):
-                logits[prompt] = self._prompt_logits[place]
+            logits[chunk.ended.start : chunk.ended.stop] = self._prompt_logits[: len(chunk.ended)]
         return logits
 
     def _show(self, rows: int, pages: int, ends: int) -> None:
@@ -262,51 +263,14 @@ class FusedForward:
         return b.squares[: p.rows * count].view(p.rows, count)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Positions of prompts that are run together.
-
-    table: int32 [4, CHUNK]: a row's position or -1, its utterance's row, its place among all that is given, and in the
-    first places the rows that end a prompt.
-    rows: how many there are; reach: more than any position; ended: the prompts that end here, in the table's order.
-    """
-
-    table: Tensor
-    rows: int
-    reach: int
-    ended: list[int]
-
-
-def chunks(prompts: Sequence[tuple[int, int, int]]) -> Iterator[Chunk]:
-    """Of prompts (row, past, count) one after the other; each begins at a multiple of `TOGETHER` rows of a chunk."""
-    table = torch.zeros(4, CHUNK, dtype=torch.int32)
-    table[0] = -1
-    used, reach, given, ended = 0, 0, 0, []
-    for index, (row, past, count) in enumerate(prompts):
-        done = 0
-        while done < count:
-            if used == CHUNK:
-                yield Chunk(table, used, reach, ended)
-                table = torch.zeros_like(table)
-                table[0] = -1
-                used, reach, ended = 0, 0, []
-            part = min(count - done, CHUNK - used)
-            places = slice(used, used + part)
-            table[0, places] = torch.arange(past + done, past + done + part)
-            table[1, used : used - (-part // TOGETHER) * TOGETHER] = row
-            table[2, places] = torch.arange(given + done, given + done + part)
-            done += part
-            reach = max(reach, past + done)
-            if done == count:
-                table[3, len(ended)] = used + part - 1
-                ended.append(index)
-            used -= (-part // TOGETHER) * TOGETHER
-        given += count
-    yield Chunk(table, used, reach, ended)
-
-
 def batch_buffers(
-    c: LLMConfig, m: int, dtype: torch.dtype, positions: Tensor, owners: Tensor, pages: Tensor, rope: tuple[Tensor, Tensor]
+    c: LLMConfig,
+    m: int,
+    dtype: torch.dtype,
+    positions: Tensor,
+    owners: Tensor,
+    pages: Tensor,
+    rope: tuple[Tensor, Tensor],
 ) -> Rows:
     """For passes over up to m rows."""
     device, heads = pages.device, c.num_heads * c.head_dim
