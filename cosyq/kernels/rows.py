@@ -73,8 +73,6 @@ def _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 
             else:
                 x, w = tl.load(xs, mask=(k < K)[None, :], other=0.0), tl.load(ws, mask=(k < K)[None, :], other=0)
             total = tl.dot(x, tl.trans(w.to(DOT)), total, input_precision="ieee")
-        if KIND == 0:
-            total *= (tl.load(scale_ptr + n) * INT8_STEP)[None, :]
     else:
         blocks: tl.constexpr = BK // BLOCK if BK > BLOCK else 1
         # Scales are fetched two turns ahead: the second of their loads waits for the first.
@@ -97,6 +95,41 @@ def _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 
             w = tl.reshape(tl.join((high * here).to(DOT), (low * here).to(DOT)), (BN, BK))
             total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, first, K: tl.constexpr, KIND: tl.constexpr,
+             BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, WAYS: tl.constexpr, BN: tl.constexpr,
+             BK: tl.constexpr):  # fmt: skip
+    """Columns first .. first + BK of the rows n, in as many parts as there are warps: [WAYS, BN, BK / WAYS].
+
+    Those of int8 lack their rows' scales.
+    """
+    width: tl.constexpr = BK // WAYS
+    begin, row = first + tl.arange(0, WAYS)[:, None, None] * width, n.to(tl.int64)[None, :, None]
+    if (KIND == 0) or (KIND == 3):
+        k = begin + tl.arange(0, width)[None, None, :]
+        return tl.load(w_ptr + row * K + k, mask=k < K, other=0).to(DOT)
+    else:
+        blocks: tl.constexpr = width // BLOCK if width > BLOCK else 1
+        byte = begin // 2 + tl.arange(0, width // 2)[None, None, :]
+        codes = tl.load(w_ptr + row * (K // 2) + byte, mask=byte < K // 2, other=0)
+        block = tl.minimum(begin // BLOCK + tl.arange(0, blocks)[None, None, :], K // BLOCK - 1)
+        index = row * (K // BLOCK) + block
+        scales = _scales(tl.load(scale_ptr + index), index // NESTED_BLOCKS, group_ptr, code_ptr, KIND)
+        scales = tl.broadcast_to(scales[:, :, :, None], (WAYS, BN, blocks, width // 2 // blocks))
+        scales = tl.reshape(scales, (WAYS, BN, width // 2))
+        high, low = decode(codes, table_ptr, KIND, LOOKUP)
+        return tl.reshape(tl.join((high * scales).to(DOT), (low * scales).to(DOT)), (WAYS, BN, width))
+
+
+@triton.jit
+def _times(x_ptr, at, w, first, K: tl.constexpr, WAYS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """Rows `at` of x times `_weights`: [BM, BN] float32. Each warp sums a part of the columns."""
+    width: tl.constexpr = BK // WAYS
+    k = first + tl.arange(0, WAYS)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+    x = tl.load(x_ptr + at[None, :, None] * K + k, mask=k < K, other=0.0)
+    return tl.sum(tl.dot(x, tl.permute(w, (0, 2, 1)), input_precision="ieee"), 0)
 
 
 @triton.jit
@@ -131,7 +164,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILES: tl.constexpr,
             TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
             LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            WAYS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normed x; the first two rotated, the last two stored in their row's page."""
     half: tl.constexpr = DIM // 2
     pairs: tl.constexpr = BN // 2
@@ -142,18 +175,31 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     inside, at = m < M, tl.minimum(m, M - 1)
     _let_next_start(PDL)
-    _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
-    bias = tl.load(bias_ptr + n)
+    if WAYS > 1:
+        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                     BN, BK)  # fmt: skip
+    else:
+        _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
+    if KIND == 0:
+        row_scale = tl.load(scale_ptr + n) * INT8_STEP
+    bias, owner = tl.load(bias_ptr + n), tl.load(owner_ptr + at)
     _wait(PDL)
-    total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K, KIND, BLOCK,
-                        LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    total = total * _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)[:, None] + bias[None, :]
-    one, two = _halves(total, BM, BN)
+    factor = _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)
     place = tl.load(position_ptr + at)
     position = tl.maximum(place, 0)
+    page = tl.load(page_ptr + owner * page_stride + position // PAGE, mask=place >= 0, other=0).to(tl.int64)
+    angle = position[:, None] * half + pair[None, :]
+    cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
+    if WAYS > 1:
+        total = _times(x_ptr, at, w, 0, K, WAYS, BM, BK)
+    else:
+        total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K, KIND,
+                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+    if KIND == 0:
+        total *= row_scale[None, :]
+    total = total * factor[:, None] + bias[None, :]
+    one, two = _halves(total, BM, BN)
     if head < HEADS + KV_HEADS:
-        angle = position[:, None] * half + pair[None, :]
-        cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
         turned = one * cos - two * sin
         two = two * cos + one * sin
         one = turned
@@ -162,59 +208,108 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
         tl.store(q, one.to(q_ptr.dtype.element_ty), mask=inside[:, None])
         tl.store(q + half, two.to(q_ptr.dtype.element_ty), mask=inside[:, None])
     else:
-        owner = tl.load(owner_ptr + at)
-        page = tl.load(page_ptr + owner * page_stride + position // PAGE, mask=place >= 0, other=0).to(tl.int64)
         cache = key_ptr if head < HEADS + KV_HEADS else value_ptr
         to = ((page * KV_HEADS + (head - HEADS) % KV_HEADS) * PAGE + position % PAGE)[:, None] * DIM + pair[None, :]
         tl.store(cache + to, one.to(key_ptr.dtype.element_ty), mask=inside[:, None])
         tl.store(cache + to + half, two.to(key_ptr.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["M"])
-def _attend(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, M, softmax_scale,
-            page_stride: tl.constexpr, PAGES: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-            DIM: tl.constexpr, PAGE: tl.constexpr, TOGETHER: tl.constexpr, PLACES: tl.constexpr, STEP: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
-    """Either all heads of one row that share keys, or one head at `TOGETHER` positions of one row.
+@triton.jit
+def _look(q, out, largest, total, number, position, last, page, kv_head, key_ptr, value_ptr, softmax_scale,
+          KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """One page more for a tile of queries: their sums, largest scores and sums of weights."""
+    at, d = tl.arange(0, PAGE), tl.arange(0, DIM)
+    tile = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * DIM + at[:, None] * DIM + d[None, :]
+    key = number * PAGE + at
+    keys = tl.load(key_ptr + tile, mask=(key <= last)[:, None], other=0.0)
+    values = tl.load(value_ptr + tile, mask=(key <= last)[:, None], other=0.0)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * softmax_scale
+    scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
+    out = tl.dot(weights.to(values.dtype), values, out * kept[:, None], input_precision="ieee")
+    return out, larger, total * kept + tl.sum(weights, 1)
 
-    Both fill `PLACES` rows of a tile; running softmax over the row's pages.
-    """
+
+@triton.jit
+def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
+                 softmax_scale, page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                 DIM: tl.constexpr, PAGE: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """All heads of one row that share keys, over one page; who comes last of the row's pages merges them."""
+    row, kv_head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
     i, d = tl.arange(0, PLACES), tl.arange(0, DIM)
-    if TOGETHER == 1:
-        kv_head = tl.program_id(1)
-        m, head = tl.program_id(0) + 0 * i, kv_head * group + i
-        inside = i < group
-        head = tl.where(inside, head, 0)
-    else:
-        kv_head = tl.program_id(1) // group
-        m, head = tl.program_id(0) * PLACES + i, tl.program_id(1) + 0 * i
-        inside = m < M
-    at = tl.where(inside, m, tl.program_id(0) * TOGETHER)
-    owner = tl.load(owner_ptr + tl.program_id(0) * TOGETHER)
+    inside = i < group
+    head = kv_head * group + tl.minimum(i, group - 1)
+    page = tl.load(page_ptr + tl.load(owner_ptr + row) * page_stride + number)
+    _let_next_start(PDL)
+    _wait(PDL)
+    last = tl.load(position_ptr + row)
+    if number * PAGE <= tl.maximum(last, 0):
+        q = tl.load(q_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :])
+        out, largest, total = _look(
+            q, tl.zeros((PLACES, DIM), tl.float32), tl.full((PLACES,), -1e30, tl.float32),
+            tl.zeros((PLACES,), tl.float32), number, last + 0 * i, last, page, kv_head, key_ptr, value_ptr,
+            softmax_scale, KV_HEADS, DIM, PAGE,
+        )  # fmt: skip
+        to = out_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :]
+        pages = tl.maximum(last, 0) // PAGE + 1
+        if pages == 1:
+            out = out / tl.maximum(total, 1e-30)[:, None]  # a row that is nobody's attends to nothing
+            tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        else:
+            mine = (row * KV_HEADS + kv_head) * page_stride
+            part, stat = i[:, None] * DIM + d[None, :], stat_ptr + i
+            tl.store(part_ptr + (mine + number) * PLACES * DIM + part, out)
+            tl.store(stat + (mine + number) * 2 * PLACES, largest)
+            tl.store(stat + (mine + number) * 2 * PLACES + PLACES, total)
+            tl.debug_barrier()  # all of it is there before it is counted
+            count = count_ptr + row * KV_HEADS + kv_head
+            if tl.atomic_add(count, 1) == pages - 1:
+                largest, total = tl.full((PLACES,), -1e30, tl.float32), tl.zeros((PLACES,), tl.float32)
+                out = tl.zeros((PLACES, DIM), tl.float32)
+                other = 0
+                while other < pages:  # in one order, whoever comes last
+                    theirs = tl.load(stat + (mine + other) * 2 * PLACES, cache_modifier=".cg")
+                    its_total = tl.load(stat + (mine + other) * 2 * PLACES + PLACES, cache_modifier=".cg")
+                    its = tl.load(part_ptr + (mine + other) * PLACES * DIM + part, cache_modifier=".cg")
+                    larger = tl.maximum(largest, theirs)
+                    kept, added = tl.exp(largest - larger), tl.exp(theirs - larger)
+                    out = out * kept[:, None] + its * added[:, None]
+                    total = total * kept + its_total * added
+                    largest = larger
+                    other += 1
+                tl.store(to, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+                tl.store(count, 0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, M, softmax_scale,
+                    page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+                    PAGE: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One head at `TOGETHER` positions of one utterance."""
+    i, d, head = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, DIM), tl.program_id(1)
+    inside, at = i < M, tl.minimum(i, M - 1)
+    table = page_ptr + tl.load(owner_ptr + tl.program_id(0) * TOGETHER) * page_stride
     _let_next_start(PDL)
     _wait(PDL)
     position = tl.load(position_ptr + at)
     last = tl.max(position, 0)
     q = tl.load(q_ptr + (at * HEADS + head)[:, None] * DIM + d[None, :])
-    largest, total = tl.full((PLACES,), -1e30, tl.float32), tl.zeros((PLACES,), tl.float32)
-    out = tl.zeros((PLACES, DIM), tl.float32)
-    for begin in range(0, PAGES * PAGE, STEP):
-        key = begin + tl.arange(0, STEP)
-        page = tl.load(page_ptr + owner * page_stride + begin // PAGE, mask=begin <= last, other=0).to(tl.int64)
-        tile = ((page * KV_HEADS + kv_head) * PAGE + key % PAGE)[:, None] * DIM + d[None, :]
-        there = (key <= last)[:, None]
-        keys = tl.load(key_ptr + tile, mask=there, other=0.0)
-        values = tl.load(value_ptr + tile, mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * softmax_scale
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        weights, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
-        total = total * kept + tl.sum(weights, 1)
-        out = tl.dot(weights.to(values.dtype), values, out * kept[:, None], input_precision="ieee")
-        largest = larger
+    largest, total = tl.full((TOGETHER,), -1e30, tl.float32), tl.zeros((TOGETHER,), tl.float32)
+    out = tl.zeros((TOGETHER, DIM), tl.float32)
+    number = 0
+    page = tl.load(table)
+    while number * PAGE <= last:
+        following = tl.load(table + number + 1, mask=(number + 1) * PAGE <= last, other=0)
+        out, largest, total = _look(
+            q, out, largest, total, number, position, last, page, head // (HEADS // KV_HEADS), key_ptr, value_ptr,
+            softmax_scale, KV_HEADS, DIM, PAGE,
+        )  # fmt: skip
+        page = following
+        number += 1
     out = out / tl.maximum(total, 1e-30)[:, None]  # a row that is nobody's attends to nothing
-    to = out_ptr + (m * HEADS + head)[:, None] * DIM + d[None, :]
+    to = out_ptr + (i * HEADS + head)[:, None] * DIM + d[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -222,7 +317,8 @@ def _attend(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_pt
 def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
            TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
            BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     """silu(gate) * up of the normed x, [M, N]; the weight's first N rows are the gate's."""
     pairs: tl.constexpr = BN // 2
     column, first = tl.arange(0, BN), tl.program_id(0) * pairs
@@ -230,11 +326,23 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     at = tl.minimum(m, M - 1)
     _let_next_start(PDL)
-    _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
+    if WAYS > 1:
+        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                     BN, BK)  # fmt: skip
+    else:
+        _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
+    if KIND == 0:
+        row_scale = tl.load(scale_ptr + n) * INT8_STEP
     _wait(PDL)
-    total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K, KIND, BLOCK,
-                        LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    gate, up = _halves(total * _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)[:, None], BM, BN)
+    factor = _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)
+    if WAYS > 1:
+        total = _times(x_ptr, at, w, 0, K, WAYS, BM, BK)
+    else:
+        total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K, KIND,
+                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+    if KIND == 0:
+        total *= row_scale[None, :]
+    gate, up = _halves(total * factor[:, None], BM, BN)
     out = first + tl.arange(0, pairs)
     both = (m < M)[:, None] & (out < N)[None, :]
     result = gate / (1 + tl.exp(-gate)) * up
@@ -242,14 +350,13 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
 
 
 @triton.jit
-def _leave(total, m, n, M, x_ptr, gain_ptr, gained_ptr, square_ptr, N: tl.constexpr, TILES: tl.constexpr):
-    """Add to x, and keep what the next norm needs."""
+def _leave(x, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N: tl.constexpr, TILES: tl.constexpr):
+    """Store x, and what the next norm needs."""
     both = (m < M)[:, None] & (n < N)[None, :]
     to = m[:, None] * N + n[None, :]
-    x = tl.where(both, total + tl.load(x_ptr + to, mask=both, other=0.0), 0.0)
     tl.store(x_ptr + to, x, mask=both)
-    gain = tl.load(gain_ptr + n, mask=n < N, other=0.0) * GAINED
-    tl.store(gained_ptr + to, (x * gain[None, :]).to(gained_ptr.dtype.element_ty), mask=both)
+    tl.store(gained_ptr + to, (x * gain[None, :] * GAINED).to(gained_ptr.dtype.element_ty), mask=both)
+    x = tl.where(both, x, 0.0)
     tl.store(square_ptr + m * TILES + tl.program_id(0), tl.sum(x * x, 1), mask=m < M)
 
 
@@ -257,19 +364,33 @@ def _leave(total, m, n, M, x_ptr, gain_ptr, gained_ptr, square_ptr, N: tl.conste
 def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_ptr, gained_ptr, square_ptr, part_ptr,
            count_ptr, M, N: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
            K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     """x [M, N] += y [M, K] times the weight, whose columns `SPLITS` programs share; the last to end adds up."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     first = tl.program_id(2) * SPAN
     at, row = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
     _let_next_start(PDL)
-    _prefetch(w_ptr, row, first, LINES, K, KIND, PDL)
+    if WAYS > 1:
+        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                     BN, BK)  # fmt: skip
+    else:
+        _prefetch(w_ptr, row, first, LINES, K, KIND, PDL)
+    if KIND == 0:
+        row_scale = tl.load(scale_ptr + row) * INT8_STEP
+    gain = tl.load(gain_ptr + row)
     _wait(PDL)
-    total = _accumulate(y_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, SPAN, K, KIND, BLOCK,
-                        LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+    x = tl.load(x_ptr + at[:, None] * N + row[None, :])
+    if WAYS > 1:
+        total = _times(y_ptr, at, w, first, K, WAYS, BM, BK)
+    else:
+        total = _accumulate(y_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, SPAN, K, KIND,
+                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+    if KIND == 0:
+        total *= row_scale[None, :]
     if SPLITS == 1:
-        _leave(total, m, n, M, x_ptr, gain_ptr, gained_ptr, square_ptr, N, TILES)
+        _leave(x + total, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N, TILES)
     else:
         tile = tl.program_id(1) * TILES + tl.program_id(0)
         place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
@@ -279,7 +400,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
             total = tl.zeros((BM, BN), tl.float32)
             for split in tl.static_range(SPLITS):  # in one order, whoever comes last
                 total += tl.load(part_ptr + (tile * SPLITS + split) * (BM * BN) + place, cache_modifier=".cg")
-            _leave(total, m, n, M, x_ptr, gain_ptr, gained_ptr, square_ptr, N, TILES)
+            _leave(x + total, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N, TILES)
             tl.store(count_ptr + tile, 0)
 
 
@@ -287,23 +408,40 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
 def _head(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
           TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
           BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-          BK: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr,
+          PDL: tl.constexpr):  # fmt: skip
     """The normed x times the weight, [M, N]."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     at, row = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
     _let_next_start(PDL)
-    _prefetch(w_ptr, row, 0, LINES, K, KIND, PDL)
+    if WAYS > 1:
+        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                     BN, BK)  # fmt: skip
+    else:
+        _prefetch(w_ptr, row, 0, LINES, K, KIND, PDL)
+    if KIND == 0:
+        row_scale = tl.load(scale_ptr + row) * INT8_STEP
     _wait(PDL)
-    total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, SPAN, K, KIND, BLOCK,
-                        LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    total *= _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)[:, None]
+    factor = _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)
+    if WAYS > 1:
+        total = _times(x_ptr, at, w, 0, K, WAYS, BM, BK)
+    else:
+        total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, SPAN, K, KIND,
+                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+    if KIND == 0:
+        total *= row_scale[None, :]
+    total *= factor[:, None]
     tl.store(out_ptr + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A product's tile: rows of activations, rows of weights, columns a step, warps, stages; splits of the columns."""
+    """A product's tile: rows of activations, rows of weights, columns a step, warps, stages.
+
+    splits: programs that share the columns. ways: warps that share them within a program, which then takes all of its
+    columns in one step, and fetches the weights before it waits.
+    """
 
     m: int
     n: int
@@ -311,18 +449,30 @@ class Tile:
     warps: int
     stages: int
     splits: int = 1
+    ways: int = 1
+
+    def columns(self, k: int) -> tuple[int, int, int]:
+        """Of k columns: how many a step takes, how many a program, and in how many ways."""
+        step = min(self.k, max(triton.next_power_of_2(k), 16))
+        if self.ways > 1 and step * (k if self.splits > 1 else 1) >= k:
+            return step, step, min(self.ways, step // 16)
+        step = min(step, 128)
+        return step, -(-triton.cdiv(k, self.splits) // step) * step, 1
+
+    def parts(self, rows: int, n: int, k: int) -> tuple[int, int]:
+        """How many tiles there are, and how many sums of programs that share their columns."""
+        count = triton.cdiv(rows, self.m) * triton.cdiv(n, self.n)
+        splits = triton.cdiv(k, self.columns(k)[1])
+        return count, count * splits * self.m * self.n if splits > 1 else 0
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """`output` and `down` have one n: a row's squares are kept by it."""
-
     qkv: Tile
     output: Tile
     gate_up: Tile
     down: Tile
     head: Tile
-    step: int = 128  # keys
 
 
 def tiles(rows: int, *, together: bool) -> Tiles:
@@ -330,37 +480,14 @@ def tiles(rows: int, *, together: bool) -> Tiles:
     m = 16 if rows <= 16 else 32
     if not together:
         return Tiles(
-            qkv=Tile(m, 16, 128, 4, 4), output=Tile(m, 16, 128, 4, 4), gate_up=Tile(m, 64, 128, 4, 4),
-            down=Tile(m, 16, 256, 4, 4, 2), head=Tile(m, 32, 128, 4, 4),
+            qkv=Tile(m, 16, 1024, 8, 1, ways=8), output=Tile(m, 16, 1024, 8, 1, ways=8),
+            gate_up=Tile(m, 32, 1024, 8, 1, ways=8), down=Tile(m, 32, 1024, 8, 1, splits=5, ways=8),
+            head=Tile(m, 32, 1024, 8, 1, ways=8),
         )  # fmt: skip
     return Tiles(
         qkv=Tile(64, 64, 128, 4, 3), output=Tile(64, 32, 128, 4, 3), gate_up=Tile(64, 128, 128, 8, 3),
-        down=Tile(64, 32, 128, 4, 3, 4 if rows <= 128 else 1), head=Tile(16, 32, 128, 4, 4),
+        down=Tile(64, 32, 128, 4, 3, 4 if rows <= 128 else 1), head=Tile(16, 32, 1024, 8, 1, ways=8),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Shared:
-    """How long the buffers are that do not depend on the model alone."""
-
-    squares: int
-    parts: int
-    counts: int
-
-
-def shared_sizes(hidden: int, m: int) -> Shared:
-    """For passes over up to m rows of x [m, hidden]."""
-    squares = parts = counts = 0
-    for rows in {*range(1, min(m, 64) + 1), *range(64, m + 1, 32)}:
-        for together in (False, True):
-            t = tiles(rows, together=together)
-            wide = triton.cdiv(hidden, t.down.n)
-            squares = max(squares, rows * wide)
-            for one in (t.output, t.down):
-                places = triton.cdiv(rows, one.m) * wide
-                if one.splits > 1:
-                    counts, parts = max(counts, places), max(parts, places * one.splits * one.m * one.n)
-    return Shared(squares, max(parts, 1), max(counts, 1))
 
 
 @dataclass(frozen=True)
@@ -369,9 +496,10 @@ class Rows:
 
     x: float32 [m, hidden], what goes through the layers.
     gained: [m, hidden] in the products' type, x times the next norm's gain.
-    squares: float32 [m, tiles] or larger, sums of x's squares.
+    squares: float32, sums of x's squares, see `Pass.squares`.
     q, attended: [m, heads * dim], inner: [m, intermediate], in the products' type.
     parts, counts: float32 and int32 (zeros), for products whose columns are split.
+    page_parts, page_stats: float32, for rows whose pages are split.
     positions: int32 [m], -1 of nobody; owners: int32 [m], a row's place in pages, int32 [owners, pages a row].
     cos, sin: float32 [positions, dim / 2].
     """
@@ -384,11 +512,50 @@ class Rows:
     inner: Tensor
     parts: Tensor
     counts: Tensor
+    page_parts: Tensor
+    page_stats: Tensor
     positions: Tensor
     owners: Tensor
     pages: Tensor
     cos: Tensor
     sin: Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the network."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+    eps: float
+
+
+def rows_of(
+    s: Shape, positions: Tensor, owners: Tensor, pages: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype,
+    *, together: bool,
+) -> Rows:  # fmt: skip
+    """Zeros for passes over as many rows as there are positions."""
+    m, heads, device = len(positions), s.heads * s.dim, positions.device
+    squares, counts, parts = 0, m * s.kv_heads, 1
+    for rows in range(1, m + 1):
+        t = tiles(rows, together=together)
+        for tile, k in ((t.output, heads), (t.down, s.inner)):
+            squares = max(squares, rows * triton.cdiv(s.hidden, tile.n))
+            needed = tile.parts(rows, s.hidden, k)
+            counts, parts = max(counts, needed[0]), max(parts, needed[1])
+
+    def empty(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=device)
+
+    shared = 0 if together else m * s.kv_heads * pages.shape[1] * places(s.heads, s.kv_heads)
+    return Rows(
+        empty(m, s.hidden), empty(m, s.hidden, kind=dtype), empty(squares), empty(m, heads, kind=dtype),
+        empty(m, heads, kind=dtype), empty(m, s.inner, kind=dtype), empty(parts), empty(counts, kind=torch.int32),
+        empty(max(shared * s.dim, 1)), empty(max(shared * 2, 1)), positions, owners, pages, cos, sin,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -401,28 +568,28 @@ class Pass:
     rows: int
     used: int
     together: bool
-    heads: int
-    kv_heads: int
-    dim: int
-    eps: float
-    tiles: Tiles
+    shape: Shape
     pdl: bool
+
+    @property
+    def tiles(self) -> Tiles:
+        return tiles(self.rows, together=self.together)
 
     def launch(self, warps: int, stages: int) -> dict[str, Any]:
         return {"PDL": self.pdl, "num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if self.pdl else {})
 
     def product(self, packed: Packed, tile: Tile, x: Tensor) -> dict[str, Any]:
-        bk = min(tile.k, max(triton.next_power_of_2(packed.k), 16))
-        span = -(-triton.cdiv(packed.k, tile.splits) // bk) * bk
+        step, span, ways = tile.columns(packed.k)
         a_line = {INT8.value: 128, FLOAT.value: 128 // packed.weight.element_size()}.get(packed.kind, 256)
-        lines = triton.next_power_of_2(triton.cdiv(min(span, packed.k), a_line) + 1)
         return {
-            "LINES": lines, "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block,
-            "LOOKUP": packed.lookup, "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": bk,
+            "LINES": triton.next_power_of_2(triton.cdiv(min(span, packed.k), a_line) + 1), "WAYS": ways,
+            "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block, "LOOKUP": packed.lookup,
+            "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": step,
         } | self.launch(tile.warps, tile.stages)  # fmt: skip
 
-    def squares(self, hidden: int) -> dict[str, int]:
-        count = triton.cdiv(hidden, self.tiles.down.n)
+    def squares(self, producer: Tile) -> dict[str, int]:
+        """Sums of a row that a product leaves which adds to x."""
+        count = triton.cdiv(self.shape.hidden, producer.n)
         return {"TILES": count, "TILES_PADDED": triton.next_power_of_2(count)}
 
 
@@ -430,8 +597,8 @@ def begin(gain: Tensor, b: Rows, p: Pass) -> None:
     """What the first norm needs of x."""
     width = b.x.shape[1]
     _begin[(p.rows,)](
-        b.x, gain, b.gained, b.squares, K=width, PADDED=triton.next_power_of_2(width), **p.squares(width),
-        **p.launch(4, 1),
+        b.x, gain, b.gained, b.squares, K=width, PADDED=triton.next_power_of_2(width),
+        **p.squares(p.tiles.down), **p.launch(4, 1),
     )  # fmt: skip
 
 
@@ -440,20 +607,19 @@ def run_layer(layer: Layer, next_gain: Tensor, keys: Tensor, values: Tensor, b: 
 
     next_gain: of the norm that follows the layer.
     """
-    t, m, stride = p.tiles, p.rows, b.pages.stride(0)
-    squares = p.squares(b.x.shape[1])
+    t, m, s = p.tiles, p.rows, p.shape
     turned = p.product(layer.qkv, t.qkv, b.gained)
-    turned["BN"] = min(t.qkv.n, p.dim)
-    _turned[((p.heads + 2 * p.kv_heads) * (p.dim // turned["BN"]), triton.cdiv(m, t.qkv.m))](
+    turned["BN"] = min(t.qkv.n, s.dim)
+    _turned[((s.heads + 2 * s.kv_heads) * (s.dim // turned["BN"]), triton.cdiv(m, t.qkv.m))](
         b.gained, b.squares, *layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.owners, b.pages, b.q,
-        keys, values, m, p.eps, page_stride=stride, HEADS=p.heads, KV_HEADS=p.kv_heads, DIM=p.dim, PAGE=PAGE,
-        **squares, **turned,
+        keys, values, m, s.eps, page_stride=b.pages.stride(0), HEADS=s.heads, KV_HEADS=s.kv_heads, DIM=s.dim,
+        PAGE=PAGE, **p.squares(t.down), **turned,
     )  # fmt: skip
     attend(keys, values, b, p)
     _add(b.attended, layer.output, layer.mlp_norm, t.output, b, p)
     inner = layer.gate_up.n // 2
     _gated[(triton.cdiv(inner, t.gate_up.n // 2), triton.cdiv(m, t.gate_up.m))](
-        b.gained, b.squares, *layer.gate_up.pointers, b.inner, m, p.eps, N=inner, **squares,
+        b.gained, b.squares, *layer.gate_up.pointers, b.inner, m, s.eps, N=inner, **p.squares(t.output),
         **p.product(layer.gate_up, t.gate_up, b.gained),
     )  # fmt: skip
     _add(b.inner, layer.down, next_gain, t.down, b, p)
@@ -461,13 +627,22 @@ def run_layer(layer: Layer, next_gain: Tensor, keys: Tensor, values: Tensor, b: 
 
 def attend(keys: Tensor, values: Tensor, b: Rows, p: Pass) -> None:
     """`attended` of q, each row over the positions of its own pages up to its own."""
-    places = TOGETHER if p.together else max(triton.next_power_of_2(p.heads // p.kv_heads), 16)
-    grid = (triton.cdiv(p.rows, TOGETHER), p.heads) if p.together else (p.rows, p.kv_heads)
-    _attend[grid](
-        b.q, keys, values, b.positions, b.owners, b.pages, b.attended, p.rows, p.dim**-0.5,
-        page_stride=b.pages.stride(0), PAGES=p.used, HEADS=p.heads, KV_HEADS=p.kv_heads, DIM=p.dim, PAGE=PAGE,
-        TOGETHER=TOGETHER if p.together else 1, PLACES=places, STEP=p.tiles.step, **p.launch(4, 3),
-    )  # fmt: skip
+    s, given = p.shape, (b.q, keys, values, b.positions, b.owners, b.pages, b.attended)
+    sizes = {"page_stride": b.pages.stride(0), "HEADS": s.heads, "KV_HEADS": s.kv_heads, "DIM": s.dim, "PAGE": PAGE}
+    if p.together:
+        _attend_prompts[(triton.cdiv(p.rows, TOGETHER), s.heads)](
+            *given, p.rows, s.dim**-0.5, TOGETHER=TOGETHER, **sizes, **p.launch(4, 1)
+        )
+    else:
+        _attend_rows[(p.rows, s.kv_heads, p.used)](
+            *given, b.page_parts, b.page_stats, b.counts, s.dim**-0.5,
+            PLACES=places(s.heads, s.kv_heads), **sizes, **p.launch(4, 1),
+        )  # fmt: skip
+
+
+def places(heads: int, kv_heads: int) -> int:
+    """Rows of a tile that the heads which share keys take."""
+    return max(triton.next_power_of_2(heads // kv_heads), 16)
 
 
 def _add(y: Tensor, packed: Packed, gain: Tensor, tile: Tile, b: Rows, p: Pass) -> None:
@@ -484,6 +659,6 @@ def run_head(head: Packed, gained: Tensor, squares: Tensor, logits: Tensor, p: P
     """logits [m, n] float32 of the normed x."""
     m, t = logits.shape[0], p.tiles.head
     _head[(triton.cdiv(head.n, t.n), triton.cdiv(m, t.m))](
-        gained, squares, *head.pointers, logits, m, p.eps, N=head.n, **p.squares(head.k),
+        gained, squares, *head.pointers, logits, m, p.shape.eps, N=head.n, **p.squares(p.tiles.down),
         **p.product(head, t, gained),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from cosyq.kernels import rows as kernels
 from cosyq.kernels.decode import PAGE, Buffers, Geometry, Layer
 from cosyq.kernels.draw import Draws, draw
 from cosyq.kernels.packed import Packed, float_rows, four_bit_rows, int8_rows, stacked
-from cosyq.kernels.rows import TOGETHER, Pass, Rows
+from cosyq.kernels.rows import TOGETHER, Pass, Rows, Shape
 from cosyq.model.config import LLMConfig, SamplingConfig
 from cosyq.model.llm import LanguageModel, rope_tables
 from cosyq.quantize.linear import DequantLinear, PackedEmbedding
@@ -134,6 +134,7 @@ class FusedForward:
     def _allocate(self, c: LLMConfig, rows: int) -> None:
         device, dtype = self.device, self.lm.dtype
         self.recorded = Recordings(device)
+        self._shape = Shape(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
         self._pages: list[list[int]] = [[] for _ in range(rows)]
         shape = (c.num_layers, 1 + rows * min(FIRST_PAGES, self.pages_a_row), c.num_kv_heads, PAGE, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -145,8 +146,8 @@ class FusedForward:
         positions = torch.full((rows,), -1, dtype=torch.int32, device=device)
         owners = torch.arange(rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(4, CHUNK, dtype=torch.int32, device=device)  # of the positions of prompts
-        self._batch = batch_buffers(c, rows, dtype, positions, owners, pages, rope)
-        self._prompt = batch_buffers(c, CHUNK, dtype, self._table[0], self._table[1], pages, rope)
+        self._batch = kernels.rows_of(self._shape, positions, owners, pages, *rope, dtype, together=False)
+        self._prompt = kernels.rows_of(self._shape, self._table[0], self._table[1], pages, *rope, dtype, together=True)
         self._prompt_logits = torch.zeros(CHUNK // TOGETHER, c.speech_rows, device=device)
         self.buffers = Buffers(  # of a row alone, but for what all rows share
             x=self._batch.x,
@@ -246,11 +247,7 @@ class FusedForward:
         kernels.run_head(lm.head, self._batch.gained, squares, logits[:rows], p)
 
     def _pass(self, rows: int, pages: int, *, together: bool) -> Pass:
-        c = self.config
-        return Pass(
-            rows, pages, together, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps,
-            kernels.tiles(rows, together=together), self.lm.pdl,
-        )  # fmt: skip
+        return Pass(rows, pages, together, self._shape, self.lm.pdl)
 
     def _run_rows(self, b: Rows, p: Pass) -> Tensor:
         """The first rows of b.x after all layers, in place, and what the last norm needs: squares [rows, tiles]."""
@@ -259,37 +256,8 @@ class FusedForward:
         kernels.begin(layers[0].attention_norm, b, p)
         for layer, gain, keys, values in zip(layers, gains, self.keys, self.values, strict=True):
             kernels.run_layer(layer, gain, keys, values, b, p)
-        count = p.squares(self.config.hidden_size)["TILES"]
+        count = p.squares(p.tiles.down)["TILES"]
         return b.squares[: p.rows * count].view(p.rows, count)
-
-
-def batch_buffers(
-    c: LLMConfig,
-    m: int,
-    dtype: torch.dtype,
-    positions: Tensor,
-    owners: Tensor,
-    pages: Tensor,
-    rope: tuple[Tensor, Tensor],
-) -> Rows:
-    """For passes over up to m rows."""
-    device, heads = pages.device, c.num_heads * c.head_dim
-    shared = kernels.shared_sizes(c.hidden_size, m)
-    return Rows(
-        x=torch.zeros(m, c.hidden_size, device=device),
-        gained=torch.zeros(m, c.hidden_size, dtype=dtype, device=device),
-        squares=torch.zeros(shared.squares, device=device),
-        q=torch.zeros(m, heads, dtype=dtype, device=device),
-        attended=torch.zeros(m, heads, dtype=dtype, device=device),
-        inner=torch.zeros(m, c.intermediate_size, dtype=dtype, device=device),
-        parts=torch.zeros(shared.parts, device=device),
-        counts=torch.zeros(shared.counts, dtype=torch.int32, device=device),
-        positions=positions,
-        owners=owners,
-        pages=pages,
-        cos=rope[0],
-        sin=rope[1],
-    )
 
 
 class Recordings:
