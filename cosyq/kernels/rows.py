@@ -124,20 +124,38 @@ def _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, first, K: tl.c
 
 
 @triton.jit
-def _times(x_ptr, at, w, first, K: tl.constexpr, WAYS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    """Rows `at` of x times `_weights`: [BM, BN] float32. Each warp sums a part of the columns."""
+def _columns(x_ptr, at, first, K: tl.constexpr, WAYS: tl.constexpr, BK: tl.constexpr):
+    """Of rows `at` of x what `_weights` are multiplied by: [WAYS, BM, BK / WAYS]."""
     width: tl.constexpr = BK // WAYS
     k = first + tl.arange(0, WAYS)[:, None, None] * width + tl.arange(0, width)[None, None, :]
-    x = tl.load(x_ptr + at[None, :, None] * K + k, mask=k < K, other=0.0)
+    return tl.load(x_ptr + at[None, :, None] * K + k, mask=k < K, other=0.0)
+
+
+@triton.jit
+def _times(x, w):
+    """`_columns` times `_weights`: [BM, BN] float32. Each warp sums a part of the columns."""
     return tl.sum(tl.dot(x, tl.permute(w, (0, 2, 1)), input_precision="ieee"), 0)
 
 
 @triton.jit
-def _root_mean_square(square_ptr, at, eps, K: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr):
-    """Of rows `at` of x: 1 / the root of their mean square, for what was kept in `GAINED` size."""
+def _squares(square_ptr, at, TILES: tl.constexpr, PADDED: tl.constexpr):
+    """Of rows `at` of x, every tile's sum of squares."""
     tile = tl.arange(0, PADDED)
-    squares = tl.load(square_ptr + at[:, None] * TILES + tile[None, :], mask=(tile < TILES)[None, :], other=0.0)
+    return tl.load(square_ptr + at[:, None] * TILES + tile[None, :], mask=(tile < TILES)[None, :], other=0.0)
+
+
+@triton.jit
+def _factor(squares, eps, K: tl.constexpr):
+    """1 / the root of the mean square of each row, for what was kept in `GAINED` size."""
     return tl.rsqrt(tl.sum(squares, 1) / K + eps) / GAINED
+
+
+@triton.jit
+def _row_scales(scale_ptr, n, KIND: tl.constexpr):
+    if KIND == 0:
+        return tl.load(scale_ptr + n) * INT8_STEP
+    else:
+        return tl.full(n.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -150,10 +168,10 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 def _begin(x_ptr, gain_ptr, gained_ptr, square_ptr, K: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr,
            TILES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row, k, tile = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, TILES_PADDED)
-    _let_next_start(PDL)
     gain = tl.load(gain_ptr + k, mask=k < K, other=0.0)
     _wait(PDL)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
+    _let_next_start(PDL)
     tl.store(gained_ptr + row * K + k, (x * gain * GAINED).to(gained_ptr.dtype.element_ty), mask=k < K)
     tl.store(square_ptr + row * TILES + tile, tl.where(tile == 0, tl.sum(x * x, 0), 0.0), mask=tile < TILES)
 
@@ -169,36 +187,38 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
     half: tl.constexpr = DIM // 2
     pairs: tl.constexpr = BN // 2
     head = tl.program_id(0) // (half // pairs)
-    column, first = tl.arange(0, BN), (tl.program_id(0) % (half // pairs)) * pairs
-    n = head * DIM + column // pairs * half + first + column % pairs  # what turns together
-    pair = first + tl.arange(0, pairs)
+    pair = tl.program_id(0) % (half // pairs) * pairs + tl.arange(0, pairs)
+    upper, lower = head * DIM + pair, head * DIM + half + pair  # the rows that turn together
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     inside, at = m < M, tl.minimum(m, M - 1)
-    _let_next_start(PDL)
     if WAYS > 1:
-        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
-                     BN, BK)  # fmt: skip
+        w1 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, upper, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                      BN // 2, BK)  # fmt: skip
+        w2 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, lower, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                      BN // 2, BK)  # fmt: skip
     else:
+        column = tl.arange(0, BN)
+        n = head * DIM + column // pairs * half + tl.program_id(0) % (half // pairs) * pairs + column % pairs
         _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
-    if KIND == 0:
-        row_scale = tl.load(scale_ptr + n) * INT8_STEP
-    bias, owner = tl.load(bias_ptr + n), tl.load(owner_ptr + at)
+    scale1, scale2 = _row_scales(scale_ptr, upper, KIND), _row_scales(scale_ptr, lower, KIND)
+    bias1, bias2, owner = tl.load(bias_ptr + upper), tl.load(bias_ptr + lower), tl.load(owner_ptr + at)
     _wait(PDL)
-    factor = _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)
-    place = tl.load(position_ptr + at)
+    if WAYS > 1:
+        x = _columns(x_ptr, at, 0, K, WAYS, BK)
+    squares, place = _squares(square_ptr, at, TILES, TILES_PADDED), tl.load(position_ptr + at)
     position = tl.maximum(place, 0)
     page = tl.load(page_ptr + owner * page_stride + position // PAGE, mask=place >= 0, other=0).to(tl.int64)
     angle = position[:, None] * half + pair[None, :]
     cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
+    factor = _factor(squares, eps, K)
     if WAYS > 1:
-        total = _times(x_ptr, at, w, 0, K, WAYS, BM, BK)
+        one, two = _times(x, w1), _times(x, w2)
     else:
-        total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K, KIND,
-                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    if KIND == 0:
-        total *= row_scale[None, :]
-    total = total * factor[:, None] + bias[None, :]
-    one, two = _halves(total, BM, BN)
+        one, two = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K,
+                                       KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
+    _let_next_start(PDL)
+    one = one * factor[:, None] * scale1[None, :] + bias1[None, :]
+    two = two * factor[:, None] * scale2[None, :] + bias2[None, :]
     if head < HEADS + KV_HEADS:
         turned = one * cos - two * sin
         two = two * cos + one * sin
@@ -242,9 +262,9 @@ def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, o
     inside = i < group
     head = kv_head * group + tl.minimum(i, group - 1)
     page = tl.load(page_ptr + tl.load(owner_ptr + row) * page_stride + number)
-    _let_next_start(PDL)
     _wait(PDL)
     last = tl.load(position_ptr + row)
+    _let_next_start(PDL)
     if number * PAGE <= tl.maximum(last, 0):
         q = tl.load(q_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :])
         out, largest, total = _look(
@@ -291,7 +311,6 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
     i, d, head = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, DIM), tl.program_id(1)
     inside, at = i < M, tl.minimum(i, M - 1)
     table = page_ptr + tl.load(owner_ptr + tl.program_id(0) * TOGETHER) * page_stride
-    _let_next_start(PDL)
     _wait(PDL)
     position = tl.load(position_ptr + at)
     last = tl.max(position, 0)
@@ -308,6 +327,7 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
         )  # fmt: skip
         page = following
         number += 1
+    _let_next_start(PDL)
     out = out / tl.maximum(total, 1e-30)[:, None]  # a row that is nobody's attends to nothing
     to = out_ptr + (i * HEADS + head)[:, None] * DIM + d[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
@@ -321,32 +341,38 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
           PDL: tl.constexpr):  # fmt: skip
     """silu(gate) * up of the normed x, [M, N]; the weight's first N rows are the gate's."""
     pairs: tl.constexpr = BN // 2
-    column, first = tl.arange(0, BN), tl.program_id(0) * pairs
-    n = tl.minimum(first + column % pairs, N - 1) + column // pairs * N
+    out = tl.program_id(0) * pairs + tl.arange(0, pairs)
+    n = tl.minimum(out, N - 1)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     at = tl.minimum(m, M - 1)
-    _let_next_start(PDL)
     if WAYS > 1:
-        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
-                     BN, BK)  # fmt: skip
+        w1 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                      BN // 2, BK)  # fmt: skip
+        w2 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, N + n, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+                      BN // 2, BK)  # fmt: skip
     else:
-        _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
-    if KIND == 0:
-        row_scale = tl.load(scale_ptr + n) * INT8_STEP
+        column = tl.arange(0, BN)
+        both = tl.minimum(tl.program_id(0) * pairs + column % pairs, N - 1) + column // pairs * N
+        _prefetch(w_ptr, both, 0, LINES, K, KIND, PDL)
+    scale1, scale2 = _row_scales(scale_ptr, n, KIND), _row_scales(scale_ptr, N + n, KIND)
     _wait(PDL)
-    factor = _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)
     if WAYS > 1:
-        total = _times(x_ptr, at, w, 0, K, WAYS, BM, BK)
+        x = _columns(x_ptr, at, 0, K, WAYS, BK)
+    factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
+    if WAYS > 1:
+        gate, up = _times(x, w1), _times(x, w2)
     else:
-        total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K, KIND,
-                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    if KIND == 0:
-        total *= row_scale[None, :]
-    gate, up = _halves(total * factor[:, None], BM, BN)
-    out = first + tl.arange(0, pairs)
-    both = (m < M)[:, None] & (out < N)[None, :]
+        gate, up = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, both, 0, SPAN, K,
+                                       KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
+    _let_next_start(PDL)
+    gate *= factor[:, None] * scale1[None, :]
+    up *= factor[:, None] * scale2[None, :]
     result = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out_ptr + m[:, None] * N + out[None, :], result.to(out_ptr.dtype.element_ty), mask=both)
+    tl.store(
+        out_ptr + m[:, None] * N + out[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=(m < M)[:, None] & (out < N)[None, :],
+    )
 
 
 @triton.jit
@@ -371,24 +397,24 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     first = tl.program_id(2) * SPAN
     at, row = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
-    _let_next_start(PDL)
     if WAYS > 1:
         w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
                      BN, BK)  # fmt: skip
     else:
         _prefetch(w_ptr, row, first, LINES, K, KIND, PDL)
-    if KIND == 0:
-        row_scale = tl.load(scale_ptr + row) * INT8_STEP
+    row_scale = _row_scales(scale_ptr, row, KIND)
     gain = tl.load(gain_ptr + row)
     _wait(PDL)
+    if WAYS > 1:
+        y = _columns(y_ptr, at, first, K, WAYS, BK)
     x = tl.load(x_ptr + at[:, None] * N + row[None, :])
     if WAYS > 1:
-        total = _times(y_ptr, at, w, first, K, WAYS, BM, BK)
+        total = _times(y, w)
     else:
         total = _accumulate(y_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, SPAN, K, KIND,
                             BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    if KIND == 0:
-        total *= row_scale[None, :]
+    _let_next_start(PDL)
+    total *= row_scale[None, :]
     if SPLITS == 1:
         _leave(x + total, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N, TILES)
     else:
@@ -405,32 +431,31 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
 
 
 @triton.jit(do_not_specialize=["M"])
-def _head(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
-          TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
-          BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-          BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
-    """The normed x times the weight, [M, N]."""
+def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps,
+          N: tl.constexpr, TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
+          KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr,
+          BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """The normed x of some rows times the weight, [M, N]."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    at, row = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
-    _let_next_start(PDL)
+    at, row = tl.load(which_ptr + tl.minimum(m, M - 1)), tl.minimum(n, N - 1)
     if WAYS > 1:
         w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
                      BN, BK)  # fmt: skip
     else:
         _prefetch(w_ptr, row, 0, LINES, K, KIND, PDL)
-    if KIND == 0:
-        row_scale = tl.load(scale_ptr + row) * INT8_STEP
+    row_scale = _row_scales(scale_ptr, row, KIND)
     _wait(PDL)
-    factor = _root_mean_square(square_ptr, at, eps, K, TILES, TILES_PADDED)
     if WAYS > 1:
-        total = _times(x_ptr, at, w, 0, K, WAYS, BM, BK)
+        x = _columns(x_ptr, at, 0, K, WAYS, BK)
+    factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
+    if WAYS > 1:
+        total = _times(x, w)
     else:
         total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, SPAN, K, KIND,
                             BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    if KIND == 0:
-        total *= row_scale[None, :]
+    _let_next_start(PDL)
+    total *= row_scale[None, :]
     total *= factor[:, None]
     tl.store(out_ptr + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -477,16 +502,19 @@ class Tiles:
 
 def tiles(rows: int, *, together: bool) -> Tiles:
     """Measured on an H100 (docs/speed.md)."""
-    m = 16 if rows <= 16 else 32
     if not together:
+        m = 16 if rows <= 16 else 32
+        narrow = Tile(16, 16, 1024, 4, 1, ways=4) if m == 16 else Tile(32, 16, 128, 4, 4)
         return Tiles(
-            qkv=Tile(m, 16, 1024, 8, 1, ways=8), output=Tile(m, 16, 1024, 8, 1, ways=8),
-            gate_up=Tile(m, 32, 1024, 8, 1, ways=8), down=Tile(m, 32, 1024, 8, 1, splits=5, ways=8),
-            head=Tile(m, 32, 1024, 8, 1, ways=8),
+            qkv=narrow, output=narrow, gate_up=Tile(m, 64, 128, 4, 4), down=Tile(m, 32, 128, 4, 4, splits=4),
+            head=Tile(m, 32, 128, 4, 4),
         )  # fmt: skip
+    few = rows <= 128
     return Tiles(
-        qkv=Tile(64, 64, 128, 4, 3), output=Tile(64, 32, 128, 4, 3), gate_up=Tile(64, 128, 128, 8, 3),
-        down=Tile(64, 32, 128, 4, 3, 4 if rows <= 128 else 1), head=Tile(16, 32, 1024, 8, 1, ways=8),
+        qkv=Tile(64, 64, 128, 4, 3) if few else Tile(128, 64, 128, 8, 3), output=Tile(64, 32, 128, 4, 3),
+        gate_up=Tile(64, 128, 128, 4 if few else 8, 3),
+        down=Tile(64, 32, 128, 4, 3, splits=4) if few else Tile(64, 64, 128, 4, 3, splits=2),
+        head=Tile(16, 32, 128, 4, 4),
     )  # fmt: skip
 
 
@@ -655,10 +683,10 @@ def _add(y: Tensor, packed: Packed, gain: Tensor, tile: Tile, b: Rows, p: Pass) 
     )  # fmt: skip
 
 
-def run_head(head: Packed, gained: Tensor, squares: Tensor, logits: Tensor, p: Pass) -> None:
-    """logits [m, n] float32 of the normed x."""
+def run_head(head: Packed, which: Tensor, logits: Tensor, b: Rows, p: Pass) -> None:
+    """logits [m, n] float32 of the normed x of the rows that `which` names, int32 [m] or more, written by no kernel."""
     m, t = logits.shape[0], p.tiles.head
     _head[(triton.cdiv(head.n, t.n), triton.cdiv(m, t.m))](
-        gained, squares, *head.pointers, logits, m, p.shape.eps, N=head.n, **p.squares(p.tiles.down),
-        **p.product(head, t, gained),
+        b.gained, b.squares, which, *head.pointers, logits, m, p.shape.eps, N=head.n, **p.squares(p.tiles.down),
+        **p.product(head, t, b.gained),
     )  # fmt: skip

@@ -216,12 +216,10 @@ class FusedForward:
 
     def _show(self, rows: int, pages: int, ends: int) -> None:
         """The first rows of `_prompt`, and the logits behind those that end a prompt."""
-        p, b = self._pass(rows, pages, together=True), self._prompt
-        squares = self._run_rows(b, p)
+        p = self._pass(rows, pages, together=True)
+        self._run_rows(self._prompt, p)
         if ends:
-            at = self._table[3, :ends]
-            gained, squares = b.gained.index_select(0, at), squares.index_select(0, at)
-            kernels.run_head(self.lm.head, gained, squares, self._prompt_logits[:ends], p)
+            kernels.run_head(self.lm.head, self._table[3], self._prompt_logits[:ends], self._prompt, p)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
@@ -243,21 +241,19 @@ class FusedForward:
             step.run_head(lm.norm, lm.head, logits, b, geometry)
             return
         p = self._pass(rows, pages, together=False)
-        squares = self._run_rows(self._batch, p)
-        kernels.run_head(lm.head, self._batch.gained, squares, logits[:rows], p)
+        self._run_rows(self._batch, p)
+        kernels.run_head(lm.head, self._batch.owners, logits[:rows], self._batch, p)
 
     def _pass(self, rows: int, pages: int, *, together: bool) -> Pass:
         return Pass(rows, pages, together, self._shape, self.lm.pdl)
 
-    def _run_rows(self, b: Rows, p: Pass) -> Tensor:
-        """The first rows of b.x after all layers, in place, and what the last norm needs: squares [rows, tiles]."""
+    def _run_rows(self, b: Rows, p: Pass) -> None:
+        """The first rows of b.x after all layers, in place, and what the last norm needs."""
         layers = self.lm.layers
         gains = [*(layer.attention_norm for layer in layers[1:]), self.lm.norm]
         kernels.begin(layers[0].attention_norm, b, p)
         for layer, gain, keys, values in zip(layers, gains, self.keys, self.values, strict=True):
             kernels.run_layer(layer, gain, keys, values, b, p)
-        count = p.squares(p.tiles.down)["TILES"]
-        return b.squares[: p.rows * count].view(p.rows, count)
 
 
 class Recordings:
