@@ -182,7 +182,8 @@ def _streams(results: Results) -> list[Row]:
     for s in results.streams:
         what = "1 stream" if s.streams == 1 else f"{s.streams} streams" + _waiting(s)
         first = f"first audio {_time(s.first_audio_seconds_p50)}, p95 {_time(s.first_audio_seconds_p95)}"
-        rows.append(Row(what, f"{number(s.audio_seconds_per_second)} s of audio a second, {first}"))
+        gaps = f", {s.interrupted} of {s.requests} interrupted" if s.interrupted else ""
+        rows.append(Row(what, f"{number(s.audio_seconds_per_second)} s of audio a second, {first}{gaps}"))
     return rows
 
 

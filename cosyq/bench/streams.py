@@ -24,6 +24,7 @@ class Streams:
     """So many at once, each asking for one sentence after another; at most `rows` are spoken, the others wait.
 
     first_audio: the median, and what one request in twenty exceeds.
+    interrupted: requests that would have fallen silent, played from their first audio on.
     """
 
     streams: int
@@ -32,6 +33,16 @@ class Streams:
     audio_seconds_per_second: float
     first_audio_seconds_p50: float
     first_audio_seconds_p95: float
+    interrupted: int
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A request: seconds to its first audio, of its audio, and by how many of these any of it came too late."""
+
+    first: float
+    audio: float
+    late: float
 
 
 def concurrent(tts: Synthesizer, manner: Manner, counts: Sequence[int], rounds: int, say: Say) -> list[Streams]:
@@ -47,28 +58,30 @@ def concurrent(tts: Synthesizer, manner: Manner, counts: Sequence[int], rounds: 
             asked = [pool.submit(_ask, batch, manner, index * rounds, rounds) for index in range(count)]
             heard = [request for stream in asked for request in stream.result()]
             passed = time.perf_counter() - started
-            first = sorted(first for first, _ in heard)
+            first = sorted(request.first for request in heard)
             found.append(
                 Streams(
                     streams=count,
                     rows=rows,
                     requests=len(heard),
-                    audio_seconds_per_second=sum(audio for _, audio in heard) / passed,
+                    audio_seconds_per_second=sum(request.audio for request in heard) / passed,
                     first_audio_seconds_p50=statistics.median(first),
                     first_audio_seconds_p95=first[min(int(0.95 * len(first)), len(first) - 1)],
+                    interrupted=sum(request.late > 0 for request in heard),
                 )
             )
     return found
 
 
-def _ask(batch: InFlight, manner: Manner, seed: int, rounds: int) -> list[tuple[float, float]]:
-    """For each request the seconds to its first audio, and those of its audio."""
+def _ask(batch: InFlight, manner: Manner, seed: int, rounds: int) -> list[Heard]:
     heard = []
     for turn in range(rounds):
-        started, first, samples = time.perf_counter(), 0.0, 0
+        started, first, late, audio = time.perf_counter(), 0.0, 0.0, 0.0
         options: dict[str, Any] = {"voice": manner.voice, "steps": manner.steps, "seed": seed + turn}
         for chunk in batch.stream(WORDS, **options):
-            first = first or time.perf_counter() - started
-            samples += len(chunk.samples)
-        heard.append((first, samples / batch.tts.sample_rate))
+            came = time.perf_counter() - started
+            first = first or came
+            late = max(late, came - first - audio)
+            audio += len(chunk.samples) / batch.tts.sample_rate
+        heard.append(Heard(first, audio, late))
     return heard

@@ -6,6 +6,10 @@ tiles of `TILE` rows, int32 [n, 4]: a tile's first row, its sequence's first row
 many frames make a block of block-causal attention (`EVERYWHERE`: all see all). A tile that begins at its end is empty.
 Rows after the last sequence of a half hold anything, and nothing that is read depends on them.
 
+A sequence may go on from frames that are not there any more: `pasts`, int64 [n, 2], says of every tile how many, and
+where what is kept of them begins, of the type of the rows: the last rows that each convolution read [2, branches,
+taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads * d]. Its own rows see all of that.
+
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 """
 
@@ -135,9 +139,10 @@ def add_norm(
 
 
 @triton.jit
-def _rotate(qkv, cos, sin, tiles, half, INNER: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
+def _rotate(qkv, cos, sin, tiles, pasts, half, INNER: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
     tile = tiles + tl.program_id(0) * 4
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    start -= tl.load(pasts + tl.program_id(0) * 2).to(tl.int32)
     branch = tl.program_id(2).to(tl.int64) * half
     rows = (first + tl.arange(0, TILE))[:, None]
     pair = tl.arange(0, D // 2)[None, :]
@@ -150,19 +155,26 @@ def _rotate(qkv, cos, sin, tiles, half, INNER: tl.constexpr, D: tl.constexpr, TI
     tl.store(at + 1, (odd * c + even * s).to(qkv.dtype.element_ty), mask=live)
 
 
-def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor) -> None:
+def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Tensor) -> None:
     """Turn head 0 of queries and keys in place, the only one that learns of positions (see `model.dit.rotate_first`).
 
     qkv [rows, 3 * heads * d]; `rope` is cosines and sines of interleaved pairs, [positions, d / 2] float32.
     """
     rows, width = qkv.shape
     d = 2 * rope[0].shape[1]
-    _rotate[(tiles.shape[0], 2, 2)](qkv, *rope, tiles, rows // 2, INNER=width // 3, D=d, TILE=TILE, num_warps=4)
+    _rotate[(tiles.shape[0], 2, 2)](qkv, *rope, tiles, pasts, rows // 2, INNER=width // 3, D=d, TILE=TILE, num_warps=4)
+
+
+@triton.jit
+def _kept(pasts, dtype: tl.constexpr):
+    """Where a tile's past is."""
+    where = tl.load(pasts + tl.program_id(0) * 2 + 1).to(tl.pointer_type(dtype))
+    return tl.multiple_of(where, 16)
 
 
 @triton.jit
 def _attend_keys(
-    q, keys, values, state, limit, begin, stop, stride, scale,
+    q, keys, values, state, limit, begin, stop, stride: tl.constexpr, scale,
     MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Keys `begin` to `stop`; unless MASKED, whole groups of KEYS that every row sees."""
@@ -190,8 +202,11 @@ def _attend_keys(
     return acc, most, total
 
 
-@triton.jit
-def _attend(qkv, out, tiles, half, scale, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr):
+@triton.jit(do_not_specialize=["layer"])
+def _attend(
+    qkv, out, tiles, pasts, layer, half, scale,
+    TAILS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     tile = tiles + tl.program_id(0) * 4
     first, start, end, block = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     head = tl.program_id(1)
@@ -213,6 +228,13 @@ def _attend(qkv, out, tiles, half, scale, HEADS: tl.constexpr, D: tl.constexpr, 
         whole = start + (shared - start) // KEYS * KEYS
         lowest = tl.full([TILE], float("-inf"), tl.float32)
         state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
+        past = tl.load(pasts + tl.program_id(0) * 2).to(tl.int32)
+        wide: tl.constexpr = 2 * HEADS * D
+        kept = _kept(pasts, qkv.dtype.element_ty) + TAILS + head * D
+        kept += (layer * 2 + tl.program_id(2)).to(tl.int64) * past * wide
+        all_of_it, groups = tl.zeros([TILE], tl.int32) + past, past // KEYS * KEYS
+        state = _attend_keys(q, kept, kept + HEADS * D, state, all_of_it, 0, groups, wide, scale, False, D, KEYS)
+        state = _attend_keys(q, kept, kept + HEADS * D, state, all_of_it, groups, past, wide, scale, True, D, KEYS)
         state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
         state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
         acc, _, total = state
@@ -220,16 +242,17 @@ def _attend(qkv, out, tiles, half, scale, HEADS: tl.constexpr, D: tl.constexpr, 
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
-def attend(qkv: Tensor, tiles: Tensor, out: Tensor, heads: int) -> None:
-    """Attention of each sequence to itself, as far as its blocks let it.
+def attend(qkv: Tensor, tiles: Tensor, pasts: Tensor, out: Tensor, *, layer: int, tails: int, heads: int) -> None:
+    """Attention of each sequence to its past and to itself, as far as its blocks let it.
 
-    qkv [rows, 3 * heads * d], out [rows, heads * d].
+    qkv [rows, 3 * heads * d], out [rows, heads * d]. `tails`: how much of a past comes before the keys of layer 0.
     """
     rows, inner = out.shape
     d = inner // heads
     _attend[(tiles.shape[0], heads, 2)](
-        qkv, out, tiles, rows // 2, LOG2_E / d**0.5, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3
-    )
+        qkv, out, tiles, pasts, layer, rows // 2, LOG2_E / d**0.5,
+        TAILS=tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -242,8 +265,9 @@ def _mish(x):
 
 @triton.jit
 def _conv_mish(
-    x, weight, bias, before, out, tiles, half,
-    ADD: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
+    x, weight, bias, before, out, tiles, pasts, half,
+    WHICH: tl.constexpr, ADD: tl.constexpr, DIM: tl.constexpr,
+    GROUP: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 4
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -255,6 +279,13 @@ def _conv_mish(
         source = x + branch * DIM + group * GROUP + channel[None, :]
         matrix = weight + group * (TAPS * GROUP * GROUP) + channel[:, None] * GROUP + channel[None, :]
         acc = tl.zeros([TILE, GROUP], tl.float32)
+        if (first == start) & (tl.load(pasts + tl.program_id(0) * 2) > 0):
+            tail = _kept(pasts, x.dtype.element_ty) + (WHICH * 2 + tl.program_id(2)) * ((TAPS - 1) * DIM)
+            kept = tail + group * GROUP + channel[None, :]
+            for tap in range(TAPS - 1):
+                seen = tl.arange(0, TILE) + tap
+                a = tl.load(kept + seen[:, None] * DIM, mask=(seen < TAPS - 1)[:, None], other=0.0)
+                acc = tl.dot(a, tl.load(matrix + tap * (GROUP * GROUP)), acc)
         for tap in range(TAPS):
             seen = rows + (tap - TAPS + 1)
             a = tl.load(source + seen[:, None] * DIM, mask=((seen >= start) & (seen < end))[:, None], other=0.0)
@@ -267,16 +298,19 @@ def _conv_mish(
         tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
 
 
-def conv_mish(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, tiles: Tensor, out: Tensor) -> None:
+def conv_mish(
+    x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, tiles: Tensor, pasts: Tensor, out: Tensor,
+    *, which: int,
+) -> None:  # fmt: skip
     """Mish of a causal grouped convolution of each sequence, plus `before`; all [rows, dim].
 
-    weight [groups, taps, in, out], the last tap the frame itself.
+    weight [groups, taps, in, out], the last tap the frame itself. `which` of the two convolutions it is.
     """
     groups, taps, group, _ = weight.shape
     rows, dim = x.shape
     _conv_mish[(tiles.shape[0], groups, 2)](
-        x, weight, bias, x if before is None else before, out, tiles, rows // 2,
-        ADD=before is not None, DIM=dim, GROUP=group, TAPS=taps, TILE=TILE, num_warps=4, num_stages=3,
+        x, weight, bias, x if before is None else before, out, tiles, pasts, rows // 2,
+        WHICH=which, ADD=before is not None, DIM=dim, GROUP=group, TAPS=taps, TILE=TILE, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

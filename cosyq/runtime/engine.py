@@ -27,6 +27,7 @@ from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.decode import Part, Sampler, follow
 from cosyq.runtime.forward import TorchForward
 from cosyq.runtime.sampling import draws, sample
+from cosyq.runtime.schedule import Growth
 from cosyq.voices.voice import Voice
 
 EngineName = Literal["fused", "cpu", "reference", "unpacked", "bnb"]
@@ -62,7 +63,8 @@ class Engine(Protocol):
     """What a synthesizer needs of an engine. Everything in and out is on the host.
 
     weights: bytes of each stage, on the device.
-    flow_frames: so many frames of several utterances, prompts included, are worth rendering together; 0 is none.
+    flow_frames: so many frames of several utterances are worth rendering together; 0 is none.
+    growth: of a stream's chunks.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Engine(Protocol):
     device: torch.device
     weights: dict[str, int]
     flow_frames: int
+    growth: Growth
 
     def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
         """Text ids, then speech ids, for the language model: [n, hidden] float32, on the engine's device."""
@@ -104,6 +107,12 @@ class Engine(Protocol):
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         """`mel` of several utterances, of the same number of steps, side by side."""
 
+    def frames(self, chunk: Chunk) -> int:
+        """How many the flow computes for a chunk: its own, and of the prompt those that are not kept."""
+
+    def keep_prompts(self, room: int) -> None:
+        """Keep what the flow needs of the prompts of voices that come again, in at most `room` bytes."""
+
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
         """The next samples of an utterance for its next frames [mel, t]: [n] float32 on the host."""
 
@@ -116,6 +125,7 @@ class TorchEngine:
     """
 
     flow_frames = 0
+    growth = Growth(2, 4)
 
     def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
         stepping, matmul = MATMULS[name]
@@ -171,6 +181,12 @@ class TorchEngine:
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         return [solve(self.flow, chunk, self._noise, between=between) for chunk in chunks]
+
+    def frames(self, chunk: Chunk) -> int:
+        return self.config.flow.token_mel_ratio * (chunk.voice.prompt_tokens.numel() + len(chunk.tokens))
+
+    def keep_prompts(self, room: int) -> None:
+        """Nothing is kept."""
 
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
         return render(self.vocoder, mel, state, final=final, between=between)

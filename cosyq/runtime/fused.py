@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from cosyq.model.flow import nothing
 from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
 from cosyq.runtime.engine import Chunk, TorchEngine, finite
+from cosyq.runtime.flow_past import Past, Pasts, numbers, whole_blocks
 from cosyq.runtime.fused_flow import FusedFlow, Utterance
 from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
 from cosyq.runtime.fused_vocoder import FusedVocoder
+from cosyq.runtime.schedule import Growth
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
 # cuBLAS takes 32 MiB for every stream on Hopper; a quarter of it does for products of this size.
@@ -30,6 +32,7 @@ class FusedEngine(TorchEngine):
     """
 
     flow_frames = 1024  # more fill the GPU each by itself
+    growth = Growth(4, 16)
 
     def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
@@ -38,6 +41,10 @@ class FusedEngine(TorchEngine):
         self._solver = FusedFlow(self.flow)
         self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]
         self._alone: FusedDecoder | None = None
+        self._pasts = Pasts()
+
+    def keep_prompts(self, room: int) -> None:
+        self._pasts.room = room
 
     def speech_tokens(
         self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator
@@ -60,8 +67,32 @@ class FusedEngine(TorchEngine):
                 c.voice.prompt_mel.to(self.device),
                 c.streaming,
                 c.final,
+                self._past(c),
             )
             for c in chunks
         ]
         mels = self._solver.solve(utterances, self._noise, steps=chunks[0].steps, between=between)
         return [finite(mel) for mel in mels]
+
+    def frames(self, chunk: Chunk) -> int:
+        past = self._pasts.find(_key(chunk)) if chunk.streaming else None
+        return super().frames(chunk) - (past.frames if past is not None else 0)
+
+    def _past(self, chunk: Chunk) -> Past | None:
+        """What is kept of the voice's prompt; from its second chunk on, if there is room for it."""
+        c, voice = self.config.flow, chunk.voice
+        frames = whole_blocks(c, len(voice.prompt_mel))
+        if not (chunk.streaming and frames and self._pasts.room):
+            return None
+        size = chunk.steps * numbers(c, frames) * self.dtype.itemsize
+
+        def make() -> Past:
+            ids = voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead].long().to(self.device)
+            mel, speaker = voice.prompt_mel[:frames].to(self.device), voice.speaker.to(self.device)
+            return self._solver.keep(ids, speaker, mel, self._noise, steps=chunk.steps)
+
+        return self._pasts.get(_key(chunk), size, make)
+
+
+def _key(chunk: Chunk) -> Hashable:
+    return chunk.voice.digest, chunk.steps

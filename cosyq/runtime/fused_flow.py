@@ -21,21 +21,28 @@ from cosyq.model.config import FlowConfig
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
+from cosyq.runtime.flow_past import Past, tail_numbers
 
 BUCKET = 32  # frames; lengths are rounded up to share graphs
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 64  # kept at most
+_Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What `Flow.forward` asks for; tensors on the device."""
+    """What `Flow.forward` asks for; tensors on the device. `past` is of its prompt's begin, if that was kept."""
 
     tokens: Tensor
     speaker: Tensor
     prompt_mel: Tensor
     streaming: bool
     final: bool
+    past: Past | None = None
+
+    @property
+    def past_frames(self) -> int:
+        return 0 if self.past is None else self.past.frames
 
 
 class FusedFlow:
@@ -94,33 +101,67 @@ class FusedFlow:
             ValueError: one is longer than the noise.
         """
         table = self._tables[steps]
-        given = [self._front.condition(u.tokens, u.speaker, u.prompt_mel, final=u.final) for u in utterances]
+        told = [self._front.condition(u.tokens, u.speaker, u.prompt_mel, final=u.final) for u in utterances]
+        longest = max(map(len, told))
+        if longest > noise.shape[0]:
+            raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
+        given = [t[u.past_frames :] for t, u in zip(told, utterances, strict=True)]
         lengths = [len(g) for g in given]
-        if max(lengths) > noise.shape[0]:
-            raise ValueError(f"{max(lengths)} frames asked for, the fixed noise covers {noise.shape[0]}")
         half = -(-sum(lengths) // BUCKET) * BUCKET
         tiles = half // kernels.TILE + len(utterances)
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
-        view = self._view(half, tiles)
+        view = self._view(half, tiles, longest)
         view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
-        view.begin(torch.cat(given), torch.cat([noise[:length] for length in lengths]))
-        for row in table:
+        pasts = _past_table([u.past for u in utterances], lengths, tiles, steps).to(self.device)
+        starts = [noise[u.past_frames : len(t)] for t, u in zip(told, utterances, strict=True)]
+        view.begin(torch.cat(given), torch.cat(starts))
+        for row, past in zip(table, pasts, strict=True):
             between()
             self._row.copy_(row)
+            view.pasts.copy_(past)
             self._advance(view, (half, tiles))
         found = view.x[: sum(lengths)].split(lengths)
-        return [x[len(u.prompt_mel) :].T.clone() for x, u in zip(found, utterances, strict=True)]
+        return [x[len(u.prompt_mel) - u.past_frames :].T.clone() for x, u in zip(found, utterances, strict=True)]
 
-    def _view(self, half: int, tiles: int) -> _View:
-        if self._room is None or half > self._room.half or tiles > self._room.tiles:
-            held = self._room
+    @torch.inference_mode()
+    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Past:
+        """What later calls need of a prompt's frames, which are whole blocks; arguments as in `Flow.forward`.
+
+        The last `lookahead` of the tokens are only looked at.
+        """
+        given = self._front.condition(tokens, speaker, prompt_mel, final=False)
+        frames = len(given)
+        half = -(-frames // BUCKET) * BUCKET
+        tiles = half // kernels.TILE + 1
+        view = self._view(half, tiles, frames)
+        view.tiles.copy_(kernels.tile_table([frames], [self.config.chunk_frames], tiles))
+        view.pasts.zero_()
+        view.begin(given, noise[:frames])
+        past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
+        now = Past.empty(self.config, frames, 1, dtype=self.dtype, device=self.device)
+        keep = now.tails(self.config, 0), now.keys_and_values(self.config, 0)
+        graph = None
+        for step, row in enumerate(self._tables[steps]):
+            self._row.copy_(row)
+            if graph is not None:
+                graph.replay()
+            elif self._stream is not None:
+                graph = self._step_and_capture(view, self._stream, keep)
+            else:
+                self._step(view, keep)
+            past.memory[step].copy_(now.memory[0])
+        return past
+
+    def _view(self, half: int, tiles: int, positions: int) -> _View:
+        room = self._room
+        if room is None or half > room.half or tiles > room.tiles or positions > room.positions:
             self._forget(len(self._graphs))  # they hold addresses
-            self._room = None  # freed before its successor is allocated
-            frames = max(-(-half // ROOM) * ROOM, held.half if held else 0)
-            count = max(2 * frames // kernels.TILE, tiles, held.tiles if held else 0)
-            del held
-            self._room = _Room(self.config, frames, count, self._frequencies, self.dtype)
-        return self._room.view(half, tiles)
+            frames = max(-(-half // ROOM) * ROOM, room.half if room else 0)
+            count = max(2 * frames // kernels.TILE, tiles, room.tiles if room else 0)
+            places = max(frames, -(-positions // ROOM) * ROOM, room.positions if room else 0)
+            self._room = room = None  # freed before its successor is allocated
+            self._room = room = _Room(self.config, frames, count, places, self._frequencies, self.dtype)
+        return room.view(half, tiles)
 
     def _advance(self, view: _View, key: tuple[int, int]) -> None:
         """One Euler step."""
@@ -133,17 +174,19 @@ class FusedFlow:
                 self._forget(GRAPHS // 2)
             self._graphs[key] = self._step_and_capture(view, self._stream)
 
-    def _step_and_capture(self, view: _View, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    def _step_and_capture(
+        self, view: _View, stream: torch.cuda.Stream, keep: _Keep | None = None
+    ) -> torch.cuda.CUDAGraph:
         """Launch a step behind what the current stream holds, and capture another one meanwhile."""
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # for cuBLAS; graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._step(view)
+            self._step(view, keep)
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                self._step(view)
+                self._step(view, keep)
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -156,22 +199,31 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: _View) -> None:
-        """x moves by one step of the timestep in `_row`."""
+    def _step(self, v: _View, keep: _Keep | None = None) -> None:
+        """x moves by one step of the timestep in `_row`.
+
+        keep: of a sequence that is alone.
+        """
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
         (first, first_bias), (second, second_bias) = self._convolutions
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.normed)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.residual)
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.pasts, v.residual, which=1)
+        if keep is not None:
+            tails, frames = keep[0], keep[1].shape[2]
+            for tail, read in zip(tails, (v.change, v.normed), strict=True):
+                tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack()
             _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-            kernels.rotate(v.qkv, v.rope, v.tiles)
-            kernels.attend(v.qkv, v.tiles, v.context, c.heads)
+            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
+            if keep is not None:
+                keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
+            kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
             kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
@@ -197,6 +249,7 @@ class _View:
     velocity: Tensor  # [rows, mel]
     rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
     tiles: Tensor
+    pasts: Tensor
 
     def begin(self, condition: Tensor, noise: Tensor) -> None:
         """Enter condition [frames, ...] and noise [frames, mel] of all utterances."""
@@ -210,10 +263,12 @@ class _View:
 
 
 class _Room:
-    """The memory of activations for up to `half` frames, all utterances together."""
+    """The memory of activations for up to `half` frames, all utterances together, none beyond `positions`."""
 
-    def __init__(self, config: FlowConfig, half: int, tiles: int, frequencies: Tensor, dtype: torch.dtype):
-        self.half, self.tiles, self.config = half, tiles, config
+    def __init__(
+        self, config: FlowConfig, half: int, tiles: int, positions: int, frequencies: Tensor, dtype: torch.dtype
+    ):
+        self.half, self.tiles, self.positions, self.config = half, tiles, positions, config
         device = frequencies.device
         c, inner = config, config.heads * config.head_dim
         self._widths = {
@@ -229,7 +284,8 @@ class _Room:
         }
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
-        angles = torch.outer(torch.arange(half, device=device, dtype=torch.float32), frequencies)
+        self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
+        angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
 
     def view(self, half: int, tiles: int) -> _View:
@@ -251,6 +307,7 @@ class _Room:
             velocity=part("velocity", c.mel_dim),
             rope=self._rope,
             tiles=self._table[:tiles],
+            pasts=self._pasts[:tiles],
         )
 
 
@@ -404,6 +461,24 @@ def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
         weight = layer.weight.data.view(layer.groups, out // layer.groups, width, taps)
         found.append((weight.permute(0, 3, 2, 1).contiguous(), layer.bias.data))
     return found
+
+
+def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int, steps: int) -> Tensor:
+    """`kernels.dit`'s of every step, [steps, tiles, 2] int64 on the host."""
+    table = torch.zeros(steps, tiles, 2, dtype=torch.int64)
+    first = 0
+    for past, length in zip(pasts, lengths, strict=True):
+        last = first + -(-length // kernels.TILE)
+        if past is not None:
+            table[:, first:last, 0] = past.frames
+            table[:, first:last, 1] = torch.tensor([past.address(step) for step in range(steps)])[:, None]
+        first = last
+    return table
+
+
+def _branches(rows: Tensor, frames: int) -> Tensor:
+    """The first frames of each half of rows [n, width], [2, frames, width]."""
+    return rows.view(2, -1, rows.shape[1])[:, :frames]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

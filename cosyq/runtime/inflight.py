@@ -1,9 +1,10 @@
 """Many requests in flight over one engine: they come and go between steps, and each hears what it would hear alone.
 
-One thread owns the engine. In turns it draws an id for every request that has a row of the language model's batch, and
-renders one chunk: first chunks first, in order of arrival, then that of the stream which would run dry first. Between
-the steps of a render it goes on drawing, takes in who came and lets go of who left, so that nobody waits for a render
-of somebody else's. While a request has no audio yet, a stream that has some in hand waits for a few steps.
+One thread owns the engine. It renders the chunks that are due, first chunks first, in order of arrival, then those of
+the streams which would run dry first; and where none is due it draws ids, for every request that has a row of the
+language model's batch. Between the steps of a render it draws for those who have no audio in hand, takes in who came
+and lets go of who left, so that nobody waits for a render of somebody else's. While a request has no audio yet, a
+stream that has some in hand waits for a few steps.
 
 It knows text and options, ids and samples; not HTTP, clients, or how long a queue may be.
 """
@@ -11,6 +12,7 @@ It knows text and options, ids and samples; not HTTP, clients, or how long a que
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -34,8 +36,10 @@ from cosyq.runtime.synthesizer import Synthesizer
 
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
+PROMPTS = 0.1  # of it, for what the flow keeps of voices' prompts
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
+BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
 PATIENCE = 5.0  # seconds for the thread to end
 
 log = logging.getLogger("cosyq.runtime")
@@ -53,6 +57,8 @@ class InFlight:
         self.tts, self.rows = tts, rows
         self._on_fatal = on_fatal
         self._decoder = tts.engine.decoder(rows, positions=POSITIONS, room=ROOM)
+        if tts.engine.device.type == "cuda":
+            tts.engine.keep_prompts(int(PROMPTS * torch.cuda.mem_get_info(tts.engine.device)[0]))
         self._waiting: deque[Flight] = deque()
         self._active: list[Flight] = []
         self._held = 0  # ids of a row since a render
@@ -145,26 +151,26 @@ class InFlight:
 
     def _turn(self) -> bool:
         """A step for every row, and perhaps a render; whether there was anything to do."""
-        worked = self._advance()
-        if chosen := self._choose():
-            self._held = 0
-            self._render(chosen)
+        try:
+            worked = self._advance()
+            if chosen := self._choose():
+                self._held = 0
+                self._render(chosen)
+                return True
+            return self._draw() or worked
+        except Exception as error:  # nobody may wait for a thread that is dead
+            why = self._explain(error)
+            for flight in list(self._active):
+                self._end(flight, why)
             return True
-        return worked
 
     def _advance(self) -> bool:
-        """Let go of who left, take in who came, show what is new, draw an id in every row."""
+        """Let go of who left, take in who came, show what is new, and draw for those who cannot wait."""
         self._sweep()
         worked = False
         for flight in list(self._active):
             worked |= self._attempt(flight, self._show)
-        drawing = {f.row: f for f in self._active if f.row is not None and f.line_drawn}
-        # Who has a chunk's worth of ids waits with more; renders are what is short.
-        if any(flight.lines[0].rendering.due is None for flight in drawing.values()):
-            self._draw(drawing)
-            self._held += self._decoder.burst
-            worked = True
-        return worked
+        return self._draw(urgent=True) or worked
 
     def _sweep(self) -> None:
         for flight in [f for f in self._active if f.listener.cancelled]:
@@ -212,7 +218,15 @@ class InFlight:
         line.drawing, line.shown = True, []
         return True
 
-    def _draw(self, drawing: dict[int, Flight]) -> None:
+    def _draw(self, *, urgent: bool = False) -> bool:
+        """A step for every row, if somebody lacks the ids of its next chunk; `urgent`: somebody who cannot wait.
+
+        A step takes as long for one row as for many: those with audio in hand wait until many need one.
+        """
+        drawing = {f.row: f for f in self._active if f.row is not None and f.line_drawn}
+        soon = time.monotonic() + IN_HAND if urgent else math.inf
+        if not any(f.dry_at < soon and f.lines[0].rendering.due is None for f in drawing.values()):
+            return False
         try:
             started = time.perf_counter()
             self._decoder.step()
@@ -222,10 +236,12 @@ class InFlight:
             why = self._explain(error)
             for flight in drawing.values():
                 self._end(flight, why)
-            return
+            return True
+        self._held += self._decoder.burst
         for row, news in told.items():
             if row in drawing:
                 self._heard(drawing[row], news, seconds)
+        return True
 
     def _heard(self, flight: Flight, news: News, seconds: float) -> None:
         line = flight.line_drawn
@@ -261,13 +277,16 @@ class InFlight:
         can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
         if can_wait and expecting and self._held < IDS_HELD:
             return []
-        room, steps = self.tts.engine.flow_frames - driest.lines[0].rendering.frames, driest.lines[0].rendering.steps
-        chosen = [driest]
+        engine, steps = self.tts.engine, driest.lines[0].rendering.steps
+        chosen, taken = [driest], driest.lines[0].rendering.frames
         for flight in due[1:]:
             rendering = flight.lines[0].rendering
-            if bool(flight.started) == bool(driest.started) and rendering.steps == steps and rendering.frames <= room:
+            # What has to be quick, a first chunk, takes others along as far as they cost it little.
+            alike = bool(flight.started) == bool(driest.started)
+            most = engine.flow_frames if alike else engine.flow_frames // BESIDE
+            if rendering.steps == steps and taken + rendering.frames <= most:
                 chosen.append(flight)
-                room -= rendering.frames
+                taken += rendering.frames
         return chosen
 
     def _render(self, flights: list[Flight]) -> None:

@@ -26,9 +26,9 @@ class Rendering:
     def __init__(self, engine: Engine, voice: Voice, *, steps: int, speed: float):
         flow = engine.config.flow
         block, prompt = flow.chunk_frames // flow.token_mel_ratio, voice.prompt_tokens.numel()
-        self._engine, self.steps, self._ratio = engine, steps, flow.token_mel_ratio
+        self._engine, self.steps = engine, steps
         self._voice = voice.ending(shown_prompt(prompt, block))
-        self._ends = chunk_ends(self._voice.prompt_tokens.numel(), block)
+        self._ends = chunk_ends(self._voice.prompt_tokens.numel(), block, engine.growth)
         self._end, self._lookahead = next(self._ends), flow.lookahead
         self._silence = Silence(engine.config.llm.silent_tokens)
         self._state, self._pace = StreamState(), Pace(speed)
@@ -62,9 +62,8 @@ class Rendering:
 
     @property
     def frames(self) -> int:
-        """How many frames that is, with the prompt's."""
-        assert self.due is not None
-        return self._ratio * (self._voice.prompt_tokens.numel() + self.due)
+        """How many frames that takes of the flow."""
+        return self._engine.frames(self.chunk)
 
     def next(self) -> NDArray[np.float32]:
         """Render the chunk that is due: samples [n] float32, possibly none."""

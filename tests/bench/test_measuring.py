@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cosyq.bench.original import Original, original_on
 from cosyq.bench.parts import LanguageModel, Speech, Stage
 from cosyq.bench.report import Held, Results, Subject, number, to_json
 from cosyq.bench.roofline import Floor, Floors
-from cosyq.bench.streams import concurrent
+from cosyq.bench.streams import _ask, concurrent
 from cosyq.bench.timing import Repeat, Spread
 from cosyq.errors import CosyqError
 from cosyq.random_model import random_voice
@@ -84,6 +85,21 @@ def test_streams_go_through_the_servers_rows(artifact_of, monkeypatch):
     assert 0 < six.first_audio_seconds_p50 <= six.first_audio_seconds_p95
     assert six.first_audio_seconds_p95 > one.first_audio_seconds_p50
     assert said == ["streams, to warm up", "streams, 1 at once", "streams, 6 at once"]
+
+
+def test_a_request_that_would_have_fallen_silent_is_seen(time):
+    class Batch:
+        tts = SimpleNamespace(sample_rate=100)
+
+        def stream(self, text, *, seed, **options):
+            for before, samples in ((0.3, 50), (0.4, 100), (0.9 + seed, 10), (0.01, 10)):
+                time(before)
+                yield SimpleNamespace(samples=range(samples))
+
+    heard = _ask(Batch(), SimpleNamespace(voice=None, steps=10), 0, 2)
+    assert [h.first for h in heard] == [pytest.approx(0.3)] * 2
+    assert [h.audio for h in heard] == [pytest.approx(1.7)] * 2
+    assert [h.late for h in heard] == [0, pytest.approx(0.4 + 1.9 - 1.5)]  # before: 1.5 s of audio
 
 
 def test_a_process_is_timed_to_its_first_byte_and_ended():

@@ -15,7 +15,7 @@ from cosyq.cli.main import run
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.decode import Part
-from cosyq.runtime.engine import TorchEngine
+from cosyq.runtime.engine import Chunk, TorchEngine
 from cosyq.voices.voice import load_voice
 
 pytestmark = [
@@ -90,15 +90,16 @@ def test_logits_of_a_prompt(engines, voice):
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 def test_rows_begin_as_the_reference_does(engines, voice, rows):
     """Ragged prompts side by side: the first ids, before roundings lead apart, and each row again by itself."""
-    fused, exact, _ = engines
+    fused, exact, plain = engines
     shown = [prompt(exact, voice, 40 - 2 * row) for row in range(rows)]
     found = ids(fused.decoder(rows, positions=400, room=ROOM), shown)
     again = ids(fused.decoder(rows, positions=400, room=ROOM), shown)
-    wanted = ids(exact.decoder(rows, positions=400, room=ROOM), shown)
     assert found == again
     assert all(len(tokens) == ROOM for tokens in found)
-    agreeing = sum(a[0] == b[0] for a, b in zip(found, wanted, strict=True))
-    assert agreeing >= 0.7 * rows  # flat logits: a draw near an edge may fall on its other side
+    wanted, rounded = (ids(e.decoder(rows, positions=400, room=ROOM), shown) for e in (exact, plain))
+    agreeing, expected = (sum(a[0] == b[0] for a, b in zip(said, wanted, strict=True)) for said in (found, rounded))
+    # Flat logits: a draw near an edge falls on its other side, with torch's own bfloat16 no less often.
+    assert agreeing >= expected - rows**0.5
 
 
 def test_mel_and_samples(engines, voice):
@@ -109,6 +110,23 @@ def test_mel_and_samples(engines, voice):
         assert relative(mels[0], mels[1]) < 1.5 * relative(mels[2], mels[1]) + 1e-3
     samples = [e.samples(mels[1], StreamState(), final=True) for e in (fused, exact)]
     assert relative(*samples) < 0.01
+
+
+def test_a_voice_that_comes_again_costs_its_own_frames(engines, voice):
+    """The third chunk goes on from what the second one kept."""
+    fused, exact, plain = engines
+    chunk = Chunk(list(range(0, 3300, 100)), voice, True, False, 10)
+    wanted, rounded = (e.mels([chunk])[0] for e in (exact, plain))
+    fused.keep_prompts(1 << 30)
+    try:
+        frames = [fused.frames(chunk)]
+        for _ in range(3):
+            (found,) = fused.mels([chunk])
+            frames.append(fused.frames(chunk))
+            assert relative(found, wanted) < 1.5 * relative(rounded, wanted) + 1e-3
+        assert frames == [216, 216, 116, 116]
+    finally:
+        fused.keep_prompts(0)
 
 
 def test_a_seed_fixes_the_audio_and_a_stream_has_no_clicks(engines, voice):

@@ -1,5 +1,7 @@
 """The fast flow at full size on a GPU, against the plain one: run with `pytest -m gpu tests/gpu`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from full_flow import FULL, random_flow
@@ -72,6 +74,17 @@ def test_neighbours_change_nothing_but_roundings(noise):
     alone = [called(fused, u, noise) for u in some]
     for found, expected in zip(fused.solve(some, noise, steps=10), alone, strict=True):
         assert distance(found, expected) < 0.02
+
+
+def test_a_kept_prompt_changes_nothing_but_roundings(noise):
+    """Launched step by step, then replayed; beside an utterance of which nothing is kept."""
+    fused, u = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA)), streamed()
+    expected = called(fused, u, noise)
+    past = fused.keep(u.tokens[:78], u.speaker, u.prompt_mel[:150], noise, steps=10)
+    asked = [offline(), replace(u, past=past)]
+    first, again = (fused.solve(asked, noise, steps=10)[1] for _ in range(2))
+    assert torch.equal(first, again)
+    assert distance(first, expected) < 0.02
 
 
 def test_graphs_outlive_neither_their_memory_nor_each_other(noise):

@@ -26,6 +26,10 @@ def tiles(*blocks):
     return dit.tile_table(LENGTHS, blocks, 5)  # three, and two empty ones
 
 
+def no_past():
+    return torch.zeros(5, 2, dtype=torch.int64)
+
+
 def sequences(x):
     """The rows of each sequence and branch of x [2 * HALF, ...], views."""
     for branch in range(2):
@@ -113,7 +117,7 @@ def test_head_0_of_queries_and_keys_is_rotated_by_its_place():
         q, k, v = part.split(DIM, dim=1)
         rope = rope_tables(len(part), frequencies)
         expected.append(torch.cat([rotate_first(q[None], *rope)[0], rotate_first(k[None], *rope)[0], v], dim=1))
-    dit.rotate(qkv, (angles.cos(), angles.sin()), tiles(1, 1))
+    dit.rotate(qkv, (angles.cos(), angles.sin()), tiles(1, 1), no_past())
     assert_equal_rows(qkv, expected)
 
 
@@ -125,7 +129,7 @@ def test_attention_within_a_sequence_and_up_to_a_block(blocks):
         q, k, v = part.view(-1, 3, HEADS, D).permute(1, 2, 0, 3)
         mask = block_causal_mask(len(part), block, part.device)
         expected.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).reshape(-1, DIM))
-    dit.attend(qkv, tiles(*blocks), out, HEADS)
+    dit.attend(qkv, tiles(*blocks), no_past(), out, layer=0, tails=0, heads=HEADS)
     assert_equal_rows(out, expected)
 
 
@@ -139,13 +143,15 @@ def test_causal_convolution_within_a_sequence(added):
         y = F.mish(F.conv1d(F.pad(part.T, (taps - 1, 0)), weight, bias, groups=groups)).T
         expected.append(y + more if added else y)
     laid_out = weight.view(groups, group, group, taps).permute(0, 3, 2, 1).contiguous()
-    dit.conv_mish(x, laid_out, bias, before if added else None, tiles(1, 1), out)
+    dit.conv_mish(x, laid_out, bias, before if added else None, tiles(1, 1), no_past(), out, which=0)
     assert_equal_rows(out, expected)
 
 
 def test_mish_of_large_numbers():
     x, out = torch.tensor([[-200.0] * 16, [200.0] * 16]).repeat(32, 1), poisoned(64, 16)
-    dit.conv_mish(x, torch.eye(16)[None, None], torch.zeros(16), None, dit.tile_table([32], [1], 1), out)
+    dit.conv_mish(
+        x, torch.eye(16)[None, None], torch.zeros(16), None, dit.tile_table([32], [1], 1), no_past(), out, which=0
+    )
     assert relative(out, F.mish(x)) < EXACT
 
 
@@ -157,3 +163,42 @@ def test_guided_step():
     assert relative(x, expected) < EXACT
     assert torch.equal(given[:, :12], torch.cat([x, x]))
     assert torch.equal(given[:, 12:], kept)
+
+
+def test_rows_go_on_from_what_is_kept():
+    """The second of two sequences without its first 20 frames equals it with them: places, keys and what is convolved."""
+    layers, past, taps, groups = 2, 20, 5, 2
+    group = DIM // groups
+    length = 70
+    inputs, qkvs, frequencies = (
+        torch.randn(2, 2, length, DIM),
+        torch.randn(layers, 2, length, 3 * DIM),
+        torch.rand(D // 2),
+    )
+    weight, bias = torch.randn(groups, taps, group, group), torch.randn(DIM)
+    angles = torch.outer(torch.arange(HALF).float(), frequencies)
+
+    def run(which, layer, first, pasts):
+        """Both kernels over frames from `first` on, behind another sequence of five."""
+        x, qkv = torch.randn(2 * HALF, DIM), torch.randn(2 * HALF, 3 * DIM)
+        for branch in range(2):
+            at = branch * HALF + 5
+            x[at : at + length - first] = inputs[which, branch, first:]
+            qkv[at : at + length - first] = qkvs[layer, branch, first:]
+        table = dit.tile_table([5, length - first], [dit.EVERYWHERE, 10], 4)
+        convolved, attended = poisoned(2 * HALF, DIM), poisoned(2 * HALF, DIM)
+        dit.conv_mish(x, weight, bias, None, table, pasts, convolved, which=which)
+        dit.rotate(qkv, (angles.cos(), angles.sin()), table, pasts)
+        dit.attend(qkv, table, pasts, attended, layer=layer, tails=tails.numel(), heads=HEADS)
+        mine = [t.view(2, HALF, -1)[:, 5 : 5 + length - first] for t in (convolved, attended, qkv)]
+        return [t[:, -(length - past) :] for t in mine], mine[2]
+
+    tails = torch.stack([inputs[which][:, past - taps + 1 : past] for which in range(2)])
+    nothing = torch.zeros(4, 2, dtype=torch.int64)
+    keys = torch.stack([run(0, layer, 0, nothing)[1][:, :past, DIM:] for layer in range(layers)])
+    memory = torch.cat([tails.flatten(), keys.flatten()])
+    pasts = torch.tensor([[0, 0], [past, memory.data_ptr()], [past, memory.data_ptr()], [0, 0]])
+    for which, layer in ((0, 1), (1, 0)):
+        whole, rest = run(which, layer, 0, nothing)[0], run(which, layer, past, pasts)[0]
+        for found, expected in zip(rest, whole, strict=True):
+            assert relative(found, expected) < EXACT

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cosyq.checkpoint.describe import SILENT_TOKENS
 from cosyq.runtime.decode import LONGEST_SILENCE, Silence, decode
-from cosyq.runtime.schedule import chunk_ends, shown_prompt
+from cosyq.runtime.schedule import Growth, chunk_ends, shown_prompt
 
 
 class Scripted:
@@ -74,12 +74,13 @@ def test_silence_is_shortened_and_nothing_else(tokens):
 
 @given(st.integers(0, 800), st.sampled_from([25, 10]))
 def test_chunks_end_where_blocks_end(prompt, block):
-    ends = list(islice(chunk_ends(prompt, block), 6))
+    growth = Growth(3, 5)
+    ends = list(islice(chunk_ends(prompt, block, growth), 6))
     assert all((prompt + end) % block == 0 for end in ends)
     assert 0 < ends[0] <= block
     shown = shown_prompt(prompt, block)
     assert 0 <= prompt - shown < block
-    first = next(chunk_ends(shown, block))
+    first = next(chunk_ends(shown, block, growth))
     assert first == 2 * block // 5 or (prompt < block and first == block - prompt)
     steps = [b - a for a, b in pairwise(ends)]
-    assert steps == [block, 2 * block, 4 * block, 4 * block, 4 * block]
+    assert steps == [block, 3 * block, 5 * block, 5 * block, 5 * block]

@@ -1,5 +1,7 @@
 """The fast flow, its kernels in Triton's interpreter, against the plain one."""
 
+from dataclasses import replace
+
 import interpreter  # noqa: F401
 import pytest
 import torch
@@ -11,6 +13,7 @@ from cosyq.model.flow import Flow, start_noise
 from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.linear import DequantLinear
 from cosyq.quantize.pack import pack
+from cosyq.runtime.flow_past import Past, Pasts, numbers, whole_blocks
 from cosyq.runtime.fused_flow import FusedFlow, Utterance, _Packed
 
 SMALL = FlowConfig(
@@ -80,6 +83,54 @@ def test_one_after_another_and_side_by_side():
     together = fused.solve([STREAMED, OFFLINE], start_noise(SMALL), steps=2)
     for found, expected in zip(together, reversed(alone), strict=True):
         assert relative(found, expected) < EXACT
+
+
+def test_goes_on_from_what_is_kept_of_a_prompt():
+    """Two voices, one of which is not kept, an utterance beside them; the second time through the same memory."""
+    plain, fused, noise = network(INT8), FusedFlow(network(INT8)), start_noise(SMALL)
+    kept, other = utterance(19, 14, streaming=True, final=False), utterance(16, 9, streaming=True, final=True)
+    frames = whole_blocks(SMALL, len(kept.prompt_mel))
+    assert frames == 20
+    past = fused.keep(kept.tokens[: 10 + 3], kept.speaker, kept.prompt_mel[:frames], noise, steps=2)
+    assert past.memory.shape == (2, numbers(SMALL, frames))
+    asked = [STREAMED, replace(kept, past=past), other]
+    for _ in range(2):
+        for found, u in zip(fused.solve(asked, noise, steps=2), asked, strict=True):
+            assert relative(found, called(plain, u)) < EXACT
+
+
+@pytest.mark.parametrize(("prompt", "frames"), [(0, 0), (10, 0), (15, 0), (16, 10), (25, 10), (26, 20), (60, 50)])
+def test_whole_blocks_of_a_prompt_with_their_look_ahead(prompt, frames):
+    assert whole_blocks(SMALL, prompt) == frames
+
+
+def test_blocks_shorter_than_what_is_convolved_are_not_kept():
+    assert whole_blocks(replace(SMALL, conv_kernel=11), 16) == 0
+    assert whole_blocks(replace(SMALL, conv_kernel=11), 36) == 30
+
+
+def test_prompts_are_kept_from_the_second_time_on_as_far_as_there_is_room():
+    made, pasts = [], Pasts()
+
+    def ask(key, size=4):
+        def make():
+            made.append(key)
+            return Past(1, torch.zeros(1, size, dtype=torch.uint8))
+
+        return pasts.get(key, size, make)
+
+    assert ask("a") is ask("a") is None  # there is no room at all
+    pasts.room = 10
+    assert ask("a") is None
+    assert pasts.find("a") is None
+    first = ask("a")
+    assert first is ask("a") is pasts.find("a")
+    assert [ask("b"), ask("b") is not None, ask("a") is first] == [None, True, True]
+    assert [ask("c"), ask("c") is not None] == [None, True]  # and b, not asked for the longest, goes
+    assert pasts.find("b") is None
+    assert pasts.find("a") is first
+    assert ask("d", 11) is ask("d", 11) is None
+    assert made == ["a", "b", "c"]
 
 
 def test_room_grows_with_what_is_asked_for(monkeypatch):

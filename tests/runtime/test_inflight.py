@@ -26,7 +26,8 @@ class Slowed:
     def __init__(self, engine):
         self._engine, self.name, self.config, self.device = engine, engine.name, engine.config, engine.device
         self.embed, self.speech_tokens, self.samples = engine.embed, engine.speech_tokens, engine.samples
-        self.weights, self.flow_frames = engine.weights, engine.flow_frames
+        self.weights, self.flow_frames, self.growth = engine.weights, engine.flow_frames, engine.growth
+        self.frames, self.keep_prompts = engine.frames, engine.keep_prompts
         self.delay, self.errors, self.done = 0.0, {}, []
         self.steps, self.poison, self.during = 0, None, []
 
@@ -286,7 +287,41 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     ):
         batch._active = flights
         assert batch._choose() == chosen
+    engine.flow_frames = 400 * inflight.BESIDE
+    batch._active = [rich, poor, new, large]
+    assert batch._choose() == [new, poor, rich]  # a first one takes others along, as far as that is short
     batch._active = []
+
+
+def test_ids_wait_for_a_step_of_many_where_there_is_audio_in_hand(batch):
+    def flight(started, sent, due):
+        rendering = type("Rendering", (), {"due": 5 if due else None})
+        line = type("Line", (), {"rendering": rendering})
+        about = {"lines": [line], "row": started, "line_drawn": line, "dry_at": started + sent}
+        return type("Flight", (), about)
+
+    steps, decoder, now = [], batch._decoder, time.monotonic()
+    fake = {"burst": 4, "step": lambda _: steps.append(1), "news": lambda _: {}}
+    batch._decoder = type("Decoder", (), fake)()
+    rich, poor, new, ready = (
+        flight(now - 1, 9, False),
+        flight(now - 2, 2.1, False),
+        flight(0, 0, False),
+        flight(0, 0, True),
+    )
+    for flights, urgent, draws in (
+        ([rich], True, False),
+        ([rich], False, True),
+        ([rich, poor], True, True),
+        ([rich, new], True, True),
+        ([ready], False, False),
+        ([ready, rich], True, False),
+        ([ready, rich], False, True),
+    ):
+        batch._active = flights
+        assert batch._draw(urgent=urgent) is draws
+    assert len(steps) == 4
+    batch._active, batch._decoder = [], decoder
 
 
 def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, voice):
@@ -306,6 +341,20 @@ def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, 
     assert max(len(work) for work in engine.done if isinstance(work, tuple)) > 1
     for seed, ear in enumerate(ears):
         np.testing.assert_array_equal(joined(ear.chunks), joined(tts.stream("hello there", seed=seed)))
+
+
+def test_what_is_wrong_with_the_engine_ends_what_is_spoken_and_nothing_else(batch, engine):
+    def broken(chunk):
+        raise ValueError("secret text")
+
+    frames, engine.frames = engine.frames, broken
+    ear = submit(batch, TEXT)
+    assert ear.over.wait(10)
+    assert "internal error: ValueError" in str(ear.error)
+    engine.frames = frames
+    ear = submit(batch, TEXT)
+    assert ear.over.wait(20)
+    assert ear.error is None
 
 
 def test_what_is_wrong_with_one_harms_no_other(batch, engine, voice, tts):

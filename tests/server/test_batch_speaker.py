@@ -27,7 +27,8 @@ class Slowed:
         self._engine, self.name, self.weights = engine, engine.name, engine.weights
         self.config, self.device = engine.config, engine.device
         self.embed, self.mels, self.samples = engine.embed, engine.mels, engine.samples
-        self.flow_frames = 0
+        self.flow_frames, self.growth = 0, engine.growth
+        self.frames, self.keep_prompts = engine.frames, engine.keep_prompts
         self.delay, self.error, self.endless, self.steps = 0.0, None, False, 0
 
     def decoder(self, rows, **bounds):
