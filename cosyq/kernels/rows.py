@@ -18,25 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cosyq.kernels.decode import PAGE, Layer, _let_next_start, _wait
-from cosyq.kernels.packed import FLOAT, INT8, INT8_STEP, NESTED_BLOCKS, Packed, decode
+from cosyq.kernels.packed import INT8_STEP, NESTED_BLOCKS, Packed, decode
 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 TOGETHER = 16  # positions of one prompt that attend together: prompts begin at multiples of it
 GAINED = tl.constexpr(1 / 64)  # x times a gain is kept so much smaller, which a float16 needs
-
-
-@triton.jit
-def _prefetch(w_ptr, n, first, LINES: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, PDL: tl.constexpr):
-    """Have `LINES` of 128 bytes from column `first` on of the rows n come to the second-level cache."""
-    if PDL:
-        part: tl.constexpr = 2 if (KIND == 1) or (KIND == 2) else 1
-        a_line: tl.constexpr = 128 * 8 // w_ptr.dtype.element_ty.primitive_bitwidth
-        at = tl.minimum(first // part + tl.arange(0, LINES) * a_line, K // part - 1)
-        address = w_ptr + n.to(tl.int64)[:, None] * (K // part) + at[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False,
-            pack=1,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -182,7 +168,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILES: tl.constexpr,
             TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
             LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            WAYS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            WAYS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normed x; the first two rotated, the last two stored in their row's page."""
     half: tl.constexpr = DIM // 2
     pairs: tl.constexpr = BN // 2
@@ -199,7 +185,6 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
     else:
         column = tl.arange(0, BN)
         n = head * DIM + column // pairs * half + tl.program_id(0) % (half // pairs) * pairs + column % pairs
-        _prefetch(w_ptr, n, 0, LINES, K, KIND, PDL)
     scale1, scale2 = _row_scales(scale_ptr, upper, KIND), _row_scales(scale_ptr, lower, KIND)
     bias1, bias2, owner = tl.load(bias_ptr + upper), tl.load(bias_ptr + lower), tl.load(owner_ptr + at)
     _wait(PDL)
@@ -337,8 +322,7 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
 def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
            TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
            BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """silu(gate) * up of the normed x, [M, N]; the weight's first N rows are the gate's."""
     pairs: tl.constexpr = BN // 2
     out = tl.program_id(0) * pairs + tl.arange(0, pairs)
@@ -353,7 +337,6 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
     else:
         column = tl.arange(0, BN)
         both = tl.minimum(tl.program_id(0) * pairs + column % pairs, N - 1) + column // pairs * N
-        _prefetch(w_ptr, both, 0, LINES, K, KIND, PDL)
     scale1, scale2 = _row_scales(scale_ptr, n, KIND), _row_scales(scale_ptr, N + n, KIND)
     _wait(PDL)
     if WAYS > 1:
@@ -390,8 +373,7 @@ def _leave(x, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N: tl.constexpr, TIL
 def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_ptr, gained_ptr, square_ptr, part_ptr,
            count_ptr, M, N: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
            K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x [M, N] += y [M, K] times the weight, whose columns `SPLITS` programs share; the last to end adds up."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -400,8 +382,6 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
     if WAYS > 1:
         w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
                      BN, BK)  # fmt: skip
-    else:
-        _prefetch(w_ptr, row, first, LINES, K, KIND, PDL)
     row_scale = _row_scales(scale_ptr, row, KIND)
     gain = tl.load(gain_ptr + row)
     _wait(PDL)
@@ -434,7 +414,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
 def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps,
           N: tl.constexpr, TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
           KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr,
-          BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The normed x of some rows times the weight, [M, N]."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -442,8 +422,6 @@ def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, 
     if WAYS > 1:
         w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
                      BN, BK)  # fmt: skip
-    else:
-        _prefetch(w_ptr, row, 0, LINES, K, KIND, PDL)
     row_scale = _row_scales(scale_ptr, row, KIND)
     _wait(PDL)
     if WAYS > 1:
@@ -479,7 +457,7 @@ class Tile:
     def columns(self, k: int) -> tuple[int, int, int]:
         """Of k columns: how many a step takes, how many a program, and in how many ways."""
         step = min(self.k, max(triton.next_power_of_2(k), 16))
-        if self.ways > 1 and step * (k if self.splits > 1 else 1) >= k:
+        if self.ways > 1 and step >= k:
             return step, step, min(self.ways, step // 16)
         step = min(step, 128)
         return step, -(-triton.cdiv(k, self.splits) // step) * step, 1
@@ -608,9 +586,8 @@ class Pass:
 
     def product(self, packed: Packed, tile: Tile, x: Tensor) -> dict[str, Any]:
         step, span, ways = tile.columns(packed.k)
-        a_line = {INT8.value: 128, FLOAT.value: 128 // packed.weight.element_size()}.get(packed.kind, 256)
         return {
-            "LINES": triton.next_power_of_2(triton.cdiv(min(span, packed.k), a_line) + 1), "WAYS": ways,
+            "WAYS": ways,
             "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block, "LOOKUP": packed.lookup,
             "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": step,
         } | self.launch(tile.warps, tile.stages)  # fmt: skip

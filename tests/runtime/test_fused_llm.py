@@ -92,8 +92,8 @@ def test_logits_are_the_plain_ones(formats):
 @pytest.mark.parametrize("fmt", [Format("int8"), four_bit("nf4", 32)], ids=str)
 def test_prompts_are_run_together(monkeypatch, fmt):
     """Ragged ones, over several chunks, one of them behind what its row holds already; columns of a product shared."""
-    small = kernels.Tile(16, 16, 32, 4, 1)
-    shared = kernels.Tiles(small, replace(small, splits=3), small, replace(small, n=8, splits=2), small)
+    small = kernels.Tile(64, 32, 32, 4, 1)
+    shared = kernels.Tiles(small, replace(small, splits=3), small, replace(small, n=16, splits=2), small)
     monkeypatch.setattr(kernels, "tiles", lambda rows, together: shared)
     monkeypatch.setattr(fused_llm, "CHUNK", 48)
     monkeypatch.setattr(fused_llm, "SIZES", (48,))
