@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from cosyq.errors import DeviceError
 from cosyq.model.config import SamplingConfig
 from cosyq.runtime.batch_sampling import sample_rows
 from cosyq.runtime.decode import Embed, Finish, Part
-from cosyq.runtime.forward import Forward
+from cosyq.runtime.forward import Forward, Prompt
 from cosyq.runtime.sampling import draws, not_finite
 
 SPAN = 256  # attention runs over a multiple of so many positions
@@ -33,6 +35,17 @@ class News:
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     error: DeviceError | None = None
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a row is to run before it goes on; uniform [room, 2] of a newcomer."""
+
+    prompt: Prompt
+    count: int
+    minimum: int
+    maximum: int
+    uniform: Tensor | None
 
 
 @dataclass
@@ -61,19 +74,16 @@ class BatchDecoder:
     def __init__(self, forward: Forward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
         rows, device = forward.rows, forward.device
         self.forward, self.sampling, self.longest, self.burst = forward, sampling, longest, burst
-
-        def counts(value: int = 0) -> Tensor:
-            return torch.full((rows,), value, dtype=torch.int64, device=device)
-
         self.every = torch.arange(rows, device=device)
-        self.positions, self.drawn_count = counts(), counts()
-        self.minimum, self.maximum = counts(), counts()
+        self._counts = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self.positions, self.drawn_count, self.minimum, self.maximum = self._counts
         self.finished = torch.ones(rows, dtype=torch.bool, device=device)
         self.logits = torch.zeros(rows, forward.config.speech_rows, device=device)
         self.recent = torch.full((rows, sampling.win_size), -1, device=device)
         self.uniform = torch.zeros(rows, longest, 2, device=device)
-        self.drawn = counts(IDLE).repeat(burst, 1)  # in the last step
+        self.drawn = torch.full((burst, rows), IDLE, device=device)  # in the last step
         self.free = set(range(rows))
+        self._shown: dict[int, _Shown] = {}  # and not run yet
         self._rows: dict[int, _Row] = {}
         self._steps = 0  # begun
         self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids on the host, once the event is over
@@ -82,10 +92,16 @@ class BatchDecoder:
         """Whether a row can hold so many positions of a prompt and so many speech ids after them."""
         return 0 < maximum <= self.longest and positions + maximum <= self.forward.capacity
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Inputs made within need not wait for what the caller's stream is about."""
+        return self.forward.aside()
+
     def join(
         self, embeddings: Tensor, *, minimum: int, maximum: int, generator: torch.Generator, room: int | None = None
     ) -> int:
         """Begin an utterance with its prompt, embeddings [1, t, hidden]; returns its row.
+
+        The prompt is run with the next step, beside those of others that came meanwhile.
 
         Args:
             minimum, maximum: of speech ids; the first `minimum` may not be its end.
@@ -94,17 +110,16 @@ class BatchDecoder:
 
         Raises:
             ValueError: there is no free row, or it may grow beyond what a row holds.
+            torch.OutOfMemoryError: the device has no room for it; the others can go on.
         """
         room = maximum if room is None else room
         if not self.free:
             raise ValueError("every row is taken")
         if not self.fits(embeddings.shape[1], room):
             raise ValueError(f"{embeddings.shape[1]} positions and {room} ids do not fit a row")
-        row = min(self.free)
-        self._rows[row] = _Row(self._steps, 0, 0, 0)
-        self.uniform[row, :room] = draws(room, generator).to(self.uniform.device)
-        self.drawn_count[row], self.recent[row] = 0, -1
-        self._go_on(row, embeddings, minimum, maximum)
+        row, state = min(self.free), _Row(self._steps, 0, 0, 0)
+        self._go_on(row, state, embeddings, minimum, maximum, draws(room, generator))
+        self._rows[row] = state
         self.free.remove(row)
         return row
 
@@ -116,34 +131,73 @@ class BatchDecoder:
 
         Raises:
             ValueError: it goes on still, or may grow beyond what a row holds.
+            torch.OutOfMemoryError: the device has no room for it; the others can go on.
         """
         state = self._rows[row]
         if not state.ended:
             raise ValueError("the row has not come to its end")
         if maximum > self.longest or state.past + embeddings.shape[1] + maximum - state.count > self.forward.capacity:
             raise ValueError(f"{maximum} ids do not fit a row")
+        self._go_on(row, state, embeddings, minimum, maximum, None)
         state.since, state.ended = self._steps, False
-        self._go_on(row, embeddings, minimum, maximum)
 
-    @torch.inference_mode()
-    def _go_on(self, row: int, embeddings: Tensor, minimum: int, maximum: int) -> None:
-        state = self._rows[row]
-        self.logits[row] = self.forward.prefill(row, embeddings, state.past)
-        state.past += embeddings.shape[1]
-        state.reach, state.maximum = state.past, maximum
-        self.positions[row], self.minimum[row], self.maximum[row] = state.past, minimum, maximum
-        self.finished[row] = False
+    def _go_on(
+        self, row: int, state: _Row, embeddings: Tensor, minimum: int, maximum: int, uniform: Tensor | None
+    ) -> None:
+        past = state.past + embeddings.shape[1]
+        with self.aside():
+            self.forward.reserve(row, past)
+        prompt = Prompt(row, self.forward.taken(embeddings), state.past)
+        self._shown[row] = _Shown(prompt, state.count, minimum, maximum, uniform)
+        state.past = state.reach = past
+        state.maximum = maximum
 
     def leave(self, row: int) -> None:
         """The row is free for another utterance, whether this one has ended or not."""
-        self.finished[row] = True
+        with self.aside():
+            self.finished[row] = True
+            self.forward.release(row)
+        self._shown.pop(row, None)
         del self._rows[row]
         self.free.add(row)
 
+    @torch.inference_mode()
+    def prefill(self) -> None:
+        """Run what was shown and not run yet: `logits` follow it. A step does so by itself."""
+        shown, self._shown = list(self._shown.values()), {}
+        if shown:
+            with self.aside():
+                self._run_shown(shown)
+
+    def _run_shown(self, shown: list[_Shown]) -> None:
+        """In few copies, however many they are."""
+        device, prompts = self.logits.device, [s.prompt for s in shown]
+        past = [prompt.past + prompt.embeddings.shape[1] for prompt in prompts]
+        rows = sent([prompt.row for prompt in prompts], device)
+        counts = [past, [s.count for s in shown], [s.minimum for s in shown], [s.maximum for s in shown]]
+        self._counts.index_copy_(1, rows, sent(counts, device))
+        new = [s.prompt.row for s in shown if s.uniform is not None]
+        if new:
+            uniform = torch.zeros(len(new), self.longest, 2)
+            for place, drawn in zip(uniform, (s.uniform for s in shown if s.uniform is not None), strict=True):
+                place[: len(drawn)] = drawn
+            newcomers = sent(new, device)
+            self.uniform.index_copy_(0, newcomers, sent(uniform, device))
+            self.recent.index_fill_(0, newcomers, -1)
+        self.finished.index_fill_(0, rows, False)
+        self.logits.index_copy_(0, rows, self.forward.prefill(prompts))
+
     def step(self) -> None:
         """Draw `burst` ids in every row that goes on, and compute what follows them."""
-        for state in self._rows.values():
-            state.reach += 0 if state.ended else self.burst
+        self.prefill()
+        with self.aside():
+            self._step()
+
+    def _step(self) -> None:
+        for row, state in self._rows.items():
+            if not state.ended:
+                self.forward.reserve(row, state.reach + self.burst)
+                state.reach += self.burst
         taken = max(self._rows, default=0) + 1
         reach = max((state.reach for state in self._rows.values()), default=1)
         rows = min(1 << (taken - 1).bit_length(), self.forward.rows)
@@ -217,6 +271,12 @@ class BatchDecoder:
             state.ended = state.count >= state.maximum
             news.finish = "length" if state.ended else None
             state.past += not state.ended
+
+
+def sent(values: Any, device: torch.device) -> Tensor:
+    """Numbers of the host, or a tensor, on the device, without waiting for what it has to do."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def follow_alone(

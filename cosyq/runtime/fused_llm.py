@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,17 @@ from cosyq.kernels import rows as kernels
 from cosyq.kernels.decode import PAGE, Buffers, Geometry, Layer
 from cosyq.kernels.draw import Draws, draw
 from cosyq.kernels.packed import Packed, float_rows, four_bit_rows, int8_rows, stacked
+from cosyq.kernels.rows import TOGETHER, Pass, Rows, Shape
 from cosyq.model.config import LLMConfig, SamplingConfig
 from cosyq.model.llm import LanguageModel, rope_tables
 from cosyq.quantize.linear import DequantLinear, PackedEmbedding
-from cosyq.runtime.batch import BatchDecoder
+from cosyq.runtime.batch import BatchDecoder, sent
+from cosyq.runtime.chunks import chunks
+from cosyq.runtime.forward import Prompt
 
 FIRST_PAGES = 4  # of a row: 512 positions, a prompt and ten seconds
-CHUNK = 128  # positions of a prompt that are run at a time
-PADDING = 32  # what their number is rounded up to
+CHUNK = 512  # positions of prompts that are run at a time
+SIZES = (32, 64, 96, 128, 192, 256, 384, CHUNK)  # what their number is rounded up to
 BURST = 4  # ids a step on a GPU, which waits 0.1 ms between graphs while the host learns what was drawn
 
 
@@ -120,38 +124,51 @@ class FusedForward:
         self.lm, self.config, self.device, self.rows = lm, c, device, rows
         self.pages_a_row = -(-capacity // PAGE)
         self.capacity = self.pages_a_row * PAGE
+        self._stream = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device, priority=-1)  # between the kernels of whatever else runs
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # for the weights
+        with self.aside():
+            self._allocate(c, rows)
+
+    def _allocate(self, c: LLMConfig, rows: int) -> None:
+        device, dtype = self.device, self.lm.dtype
         self.recorded = Recordings(device)
+        self._shape = Shape(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.rms_norm_eps)
         self._pages: list[list[int]] = [[] for _ in range(rows)]
         shape = (c.num_layers, 1 + rows * min(FIRST_PAGES, self.pages_a_row), c.num_kv_heads, PAGE, c.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=lm.dtype) for _ in range(2))
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self._free = list(range(1, shape[1]))
         cos, sin = rope_tables(torch.arange(self.capacity, device=device), c.head_dim, c.rope_theta)
         half = c.head_dim // 2
-        self._rope = cos[:, :half].contiguous(), sin[:, :half].contiguous()
-        self.buffers = self._buffers(rows, torch.zeros(rows, self.pages_a_row, dtype=torch.int32, device=device))
-        self._scratch = Scratch.empty(c, rows, lm.dtype, device)
-        self._prompt = self._buffers(CHUNK, torch.zeros(self.pages_a_row, dtype=torch.int32, device=device))
-        self._prompt_scratch = Scratch.empty(c, CHUNK, lm.dtype, device)
-        self._prompt_end = torch.zeros(1, dtype=torch.int64, device=device)
-        self._prompt_logits = torch.zeros(1, c.speech_rows, device=device)
-
-    def _buffers(self, rows: int, pages: Tensor) -> Buffers:
-        c, device, (cos, sin) = self.config, self.device, self._rope
-
-        def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
-
-        return Buffers(
-            x=floats(rows, c.hidden_size),
-            q=floats(rows, c.num_heads * c.head_dim),
-            parts=floats(rows, c.num_heads, self.pages_a_row, c.head_dim),
-            stats=floats(rows, c.num_heads, self.pages_a_row, 2),
-            inner=floats(rows, c.intermediate_size),
-            positions=torch.full((rows,), -1, dtype=torch.int32, device=device),
+        rope = cos[:, :half].contiguous(), sin[:, :half].contiguous()
+        pages = torch.zeros(rows, self.pages_a_row, dtype=torch.int32, device=device)
+        positions = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        owners = torch.arange(rows, dtype=torch.int32, device=device)
+        self._table = torch.zeros(4, CHUNK, dtype=torch.int32, device=device)  # of the positions of prompts
+        self._batch = kernels.rows_of(self._shape, positions, owners, pages, *rope, dtype, together=False)
+        self._prompt = kernels.rows_of(self._shape, self._table[0], self._table[1], pages, *rope, dtype, together=True)
+        self._prompt_logits = torch.zeros(CHUNK // TOGETHER, c.speech_rows, device=device)
+        self.buffers = Buffers(  # of a row alone, but for what all rows share
+            x=self._batch.x,
+            q=torch.zeros(1, c.num_heads * c.head_dim, device=device),
+            parts=torch.zeros(1, c.num_heads, self.pages_a_row, c.head_dim, device=device),
+            stats=torch.zeros(1, c.num_heads, self.pages_a_row, 2, device=device),
+            inner=torch.zeros(1, c.intermediate_size, device=device),
+            positions=positions,
             pages=pages,
-            cos=cos,
-            sin=sin,
+            cos=rope[0],
+            sin=rope[1],
         )
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def taken(self, embeddings: Tensor) -> Tensor:
+        if self._stream is not None and (current := torch.cuda.current_stream(self.device)) != self._stream:
+            self._stream.wait_stream(current)
+            embeddings.record_stream(self._stream)
+        return embeddings
 
     def reserve(self, row: int, positions: int) -> None:
         """Let the row have so many positions: pages are taken as they are needed."""
@@ -181,31 +198,28 @@ class FusedForward:
         return min(max(1 << (-(-positions // PAGE) - 1).bit_length(), FIRST_PAGES), self.pages_a_row)
 
     @torch.inference_mode()
-    def prefill(self, row: int, embeddings: Tensor, past: int) -> Tensor:
-        """As `Forward.prefill`, in chunks: every position is a row of its own, all with one table of pages."""
-        end = past + embeddings.shape[1]
-        self.reserve(row, end)
-        b = self._prompt
-        b.pages.copy_(self.buffers.pages[row])
-        for part in embeddings[0].float().split(CHUNK):
-            count = len(part)
-            padded = -(-count // PADDING) * PADDING
-            b.x[:count] = part
-            b.x[count:padded] = 0
-            b.positions[:count] = torch.arange(past, past + count, device=self.device)
-            b.positions[count:padded] = -1
-            self._prompt_end.fill_(count - 1)
-            past += count
-            pages = self.pages_for(past)
-            self.recorded.run(("prompt", padded, pages), partial(self._show, padded, pages))
-        return self._prompt_logits[0]
+    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
+        """As `Forward.prefill`: positions of all prompts are rows of the same passes, `CHUNK` at most at a time."""
+        logits = torch.empty(len(prompts), self.config.speech_rows, device=self.device)
+        for p in prompts:
+            self.reserve(p.row, p.past + p.embeddings.shape[1])
+        given = torch.cat([p.embeddings[0] for p in prompts]).float()
+        placed = [(p.row, p.past, p.embeddings.shape[1]) for p in prompts]
+        for chunk in chunks(placed, size=CHUNK, tile=TOGETHER):
+            self._table.copy_(sent(chunk.table, self.device))
+            rows = next(size for size in SIZES if size >= chunk.rows)
+            torch.index_select(given, 0, self._table[2, :rows], out=self._prompt.x[:rows])
+            pages, ends = self.pages_for(chunk.reach), -(-len(chunk.ended) // TOGETHER) * TOGETHER
+            self.recorded.run(("prompts", rows, pages, ends), partial(self._show, rows, pages, ends))
+            logits[chunk.ended.start : chunk.ended.stop] = self._prompt_logits[: len(chunk.ended)]
+        return logits
 
-    def _show(self, count: int, pages: int) -> None:
-        """`count` positions of a prompt, and the logits behind the last that there is."""
-        x, normed = self._prompt.x[:count], self._prompt_scratch.first(count).normed
-        self._run_rows(self._prompt, self._prompt_scratch.first(count), count, pages)
-        kernels.norm(x, self.lm.norm, normed, self.config.rms_norm_eps)
-        kernels.matmul(normed.index_select(0, self._prompt_end), self.lm.head, self._prompt_logits)
+    def _show(self, rows: int, pages: int, ends: int) -> None:
+        """The first rows of `_prompt`, and the logits behind those that end a prompt."""
+        p = self._pass(rows, pages, together=True)
+        self._run_rows(self._prompt, p)
+        if ends:
+            kernels.run_head(self.lm.head, self._table[3], self._prompt_logits[:ends], self._prompt, p)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, positions: Tensor, span: int) -> Tensor:
@@ -217,36 +231,29 @@ class FusedForward:
 
     def run(self, logits: Tensor, rows: int, pages: int) -> None:
         """logits [rows, n] that follow `buffers.x` at `buffers.positions`, none beyond the row's first `pages`."""
-        lm, b = self.lm, self.buffers
+        lm, b, c = self.lm, self.buffers, self.config
         if rows == 1:
-            geometry = self._geometry(rows, pages, lm.pdl)
+            geometry = Geometry(
+                rows, c.num_heads, c.num_kv_heads, c.head_dim, self.pages_a_row, pages, c.rms_norm_eps, lm.pdl
+            )
             for layer, keys, values in zip(lm.layers, self.keys, self.values, strict=True):
                 step.run_layer(layer, keys, values, b, geometry)
             step.run_head(lm.norm, lm.head, logits, b, geometry)
             return
-        scratch = self._scratch.first(rows)
-        self._run_rows(b, scratch, rows, pages)
-        kernels.norm(b.x[:rows], lm.norm, scratch.normed, self.config.rms_norm_eps)
-        kernels.matmul(scratch.normed, lm.head, logits[:rows])
+        p = self._pass(rows, pages, together=False)
+        self._run_rows(self._batch, p)
+        kernels.run_head(lm.head, self._batch.owners, logits[:rows], self._batch, p)
 
-    def _geometry(self, rows: int, pages: int, pdl: bool) -> Geometry:
-        c = self.config
-        return Geometry(rows, c.num_heads, c.num_kv_heads, c.head_dim, self.pages_a_row, pages, c.rms_norm_eps, pdl)
+    def _pass(self, rows: int, pages: int, *, together: bool) -> Pass:
+        return Pass(rows, pages, together, self._shape, self.lm.pdl)
 
-    def _run_rows(self, b: Buffers, scratch: Scratch, rows: int, pages: int) -> None:
-        """The first rows of b.x after all layers, in place."""
-        c, geometry, x, q = self.config, self._geometry(rows, pages, False), b.x[:rows], b.q[:rows]
-        for layer, keys, values in zip(self.lm.layers, self.keys, self.values, strict=True):
-            kernels.norm(x, layer.attention_norm, scratch.normed, c.rms_norm_eps)
-            kernels.matmul(scratch.normed, layer.qkv, scratch.qkv)
-            kernels.turn(scratch.qkv, q, keys, values, b.cos, b.sin, b.positions, b.pages, heads=c.num_heads)
-            step.attend(q, keys, values, b.positions, b.pages, b.parts, b.stats, geometry)
-            kernels.merge(b.parts, b.stats, b.positions, scratch.attended, rows=rows, page=PAGE)
-            kernels.matmul(scratch.attended, layer.output, x, add=True)
-            kernels.norm(x, layer.mlp_norm, scratch.normed, c.rms_norm_eps)
-            kernels.matmul(scratch.normed, layer.gate_up, scratch.gate_up)
-            kernels.swiglu(scratch.gate_up, scratch.inner)
-            kernels.matmul(scratch.inner, layer.down, x, add=True)
+    def _run_rows(self, b: Rows, p: Pass) -> None:
+        """The first rows of b.x after all layers, in place, and what the last norm needs."""
+        layers = self.lm.layers
+        gains = [*(layer.attention_norm for layer in layers[1:]), self.lm.norm]
+        kernels.begin(layers[0].attention_norm, b, p)
+        for layer, gain, keys, values in zip(layers, gains, self.keys, self.values, strict=True):
+            kernels.run_layer(layer, gain, keys, values, b, p)
 
 
 class Recordings:
@@ -260,15 +267,21 @@ class Recordings:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+        """The current stream must not be the default one."""
         if not self._cuda or key not in self._graphs:
             launch()
             self._graphs[key] = None
             return
         graph = self._graphs[key]
         if graph is None:
-            graph = self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            graph = torch.cuda.CUDAGraph()
+            # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
                 launch()
+            finally:
+                graph.capture_end()
+            self._graphs[key] = graph
         graph.replay()
 
     def clear(self) -> None:
@@ -277,40 +290,14 @@ class Recordings:
         self._graphs.clear()
 
 
-@dataclass(frozen=True)
-class Scratch:
-    """Between the kernels for m rows: normed, attended and inner in the products' dtype, the others float32."""
-
-    normed: Tensor
-    qkv: Tensor
-    q: Tensor
-    attended: Tensor
-    gate_up: Tensor
-    inner: Tensor
-
-    @classmethod
-    def empty(cls, c: LLMConfig, m: int, dtype: torch.dtype, device: torch.device) -> Scratch:
-        heads = c.num_heads * c.head_dim
-        return cls(
-            torch.empty(m, c.hidden_size, dtype=dtype, device=device),
-            torch.empty(m, heads + 2 * c.num_kv_heads * c.head_dim, device=device),
-            torch.empty(m, heads, device=device),
-            torch.empty(m, heads, dtype=dtype, device=device),
-            torch.empty(m, 2 * c.intermediate_size, device=device),
-            torch.empty(m, c.intermediate_size, dtype=dtype, device=device),
-        )
-
-    def first(self, rows: int) -> Scratch:
-        return Scratch(*(getattr(self, field.name)[:rows] for field in fields(self)))
-
-
 class FusedDecoder(BatchDecoder):
     """A `BatchDecoder` whose ids are drawn and run by the kernels, on a GPU `BURST` in one CUDA graph."""
 
     forward: FusedForward
 
     def __init__(self, forward: FusedForward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
-        super().__init__(forward, sampling, longest=longest, burst=burst)
+        with forward.aside():
+            super().__init__(forward, sampling, longest=longest, burst=burst)
         self._draws = [
             Draws(
                 self.logits, self.uniform, self.recent, self.drawn_count, self.minimum, self.maximum, self.positions,
@@ -318,16 +305,6 @@ class FusedDecoder(BatchDecoder):
             )
             for drawn in self.drawn
         ]  # fmt: skip
-
-    def step(self) -> None:
-        for row, state in self._rows.items():
-            if not state.ended:
-                self.forward.reserve(row, state.reach + self.burst)
-        super().step()
-
-    def leave(self, row: int) -> None:
-        super().leave(row)
-        self.forward.release(row)
 
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
@@ -339,6 +316,6 @@ class FusedDecoder(BatchDecoder):
         for draws in self._draws:
             draw(
                 draws, b.x, b.positions, lm.embedding, lm.scales, self.sampling, rows=rows,
-                vocabulary=lm.config.speech_vocab, pdl=lm.pdl and rows == 1,
+                vocabulary=lm.config.speech_vocab, pdl=lm.pdl,
             )  # fmt: skip
             self.forward.run(self.logits, rows, pages)

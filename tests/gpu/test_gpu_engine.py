@@ -59,6 +59,8 @@ def prompt(engine, voice, length: int) -> torch.Tensor:
 def first_logits(engine, embeddings) -> torch.Tensor:
     decoder = engine.decoder(1, positions=400, room=ROOM)
     row = decoder.join(embeddings, minimum=ROOM, maximum=ROOM, generator=torch.Generator().manual_seed(1))
+    decoder.prefill()
+    torch.cuda.synchronize()
     logits = decoder.logits[row].float().clone()
     decoder.leave(row)
     return logits

@@ -145,6 +145,7 @@ def test_a_row_that_is_not_finite_says_so_and_its_neighbour_goes_on(engine):
         batch.join(p, minimum=5, maximum=LONGEST, generator=torch.Generator().manual_seed(s))
         for s, p in enumerate((one, other))
     ]
+    batch.prefill()
     batch.logits[rows[0]] = torch.nan
     for _ in range(3):
         batch.step()
@@ -204,6 +205,43 @@ def test_what_was_drawn_before_a_row_changed_hands_is_not_the_newcomers(engine):
         if prompt is one:
             batch.leave(row)
     assert batch.news()[row].tokens == run_alone(engine, other, 1, minimum=9)[0][:4]
+
+
+def test_prompts_wait_for_the_next_step_and_run_together(engine, monkeypatch):
+    """One leaves before it, and its row changes hands; another joins in time."""
+    one, other, third = prompts(engine, 3)
+    batch, calls = decoder(engine, 2), []
+    inner = batch.forward.prefill
+    monkeypatch.setattr(batch.forward, "prefill", lambda shown: calls.append([p.row for p in shown]) or inner(shown))
+    bounds = {"minimum": 9, "maximum": LONGEST}
+    first = batch.join(one, **bounds, generator=torch.Generator().manual_seed(0))
+    batch.leave(first)
+    rows = [batch.join(p, **bounds, generator=torch.Generator().manual_seed(s)) for s, p in ((1, other), (2, third))]
+    assert not calls
+    for _ in range(3):
+        batch.step()
+    assert calls == [rows]
+    news = batch.news()
+    for row, seed, prompt in zip(rows, (1, 2), (other, third), strict=True):
+        assert news[row].tokens == run_alone(engine, prompt, seed, minimum=9)[0][:3]
+
+
+def test_a_row_that_finds_no_room_is_nobodys(engine, monkeypatch):
+    one, other = prompts(engine, 2)
+    batch = decoder(engine, 2)
+    bounds = {"minimum": 9, "maximum": LONGEST}
+    row = batch.join(one, **bounds, generator=torch.Generator().manual_seed(0))
+
+    def full(row, positions):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.forward, "reserve", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.join(other, **bounds, generator=torch.Generator().manual_seed(1))
+    assert batch.free == {1}
+    batch.step()
+    assert batch.news()[row].tokens == run_alone(engine, one, 0, minimum=9)[0][:1]
 
 
 @pytest.mark.parametrize("arriving", [False, True])

@@ -1,17 +1,21 @@
 """The fused language model in Triton's interpreter: the plain one's ids, in fp32, over every format it reads."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from cosyq.kernels import rows as kernels
 from cosyq.kernels.decode import PAGE
 from cosyq.model.config import LLMConfig, SamplingConfig
 from cosyq.model.llm import LanguageModel
 from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.linear import DequantLinear
 from cosyq.quantize.pack import pack
+from cosyq.runtime import fused_llm
 from cosyq.runtime.batch import BatchDecoder
-from cosyq.runtime.forward import TorchForward
+from cosyq.runtime.forward import Prompt, TorchForward
 from cosyq.runtime.fused_llm import FusedDecoder, FusedForward, FusedLM
 
 CONFIG = LLMConfig(
@@ -70,7 +74,9 @@ def test_logits_are_the_plain_ones(formats):
     llm = language_model(*formats)
     expected = TorchForward(llm, rows=1, capacity=3 * PAGE)
     found = FusedForward(FusedLM(llm, torch.float32), rows=1, capacity=3 * PAGE)
-    torch.testing.assert_close(found.prefill(0, prompt(1, 9), 0), expected.prefill(0, prompt(1, 9), 0))
+    torch.testing.assert_close(
+        found.prefill([Prompt(0, prompt(1, 9), 0)]), expected.prefill([Prompt(0, prompt(1, 9), 0)])
+    )
     found.reserve(0, PAGE)
     first = found.buffers.pages[0, 0]
     for mine, its in ((found.keys, expected._cache.keys), (found.values, expected._cache.values)):
@@ -81,6 +87,31 @@ def test_logits_are_the_plain_ones(formats):
         found.reserve(0, position + 1)
         ids, positions = torch.tensor([token]), torch.tensor([position])
         torch.testing.assert_close(found(ids, positions, 3 * PAGE), expected(ids, positions, 3 * PAGE))
+
+
+@pytest.mark.parametrize("fmt", [Format("int8"), four_bit("nf4", 32)], ids=str)
+def test_prompts_are_run_together(monkeypatch, fmt):
+    """Ragged ones, over several chunks, one of them behind what its row holds already; columns of a product shared."""
+    small = kernels.Tile(64, 32, 32, 4, 1)
+    shared = kernels.Tiles(small, replace(small, splits=3), small, replace(small, n=16, splits=2), small)
+    monkeypatch.setattr(kernels, "tiles", lambda rows, together: shared)
+    monkeypatch.setattr(fused_llm, "CHUNK", 48)
+    monkeypatch.setattr(fused_llm, "SIZES", (48,))
+    llm = language_model(fmt)
+    expected = TorchForward(llm, rows=4, capacity=3 * PAGE)
+    found = FusedForward(FusedLM(llm, torch.float32), rows=4, capacity=3 * PAGE)
+    for shown in (
+        [Prompt(2, prompt(1, 5), 0)],
+        [
+            Prompt(3, prompt(2, 20), 0),
+            Prompt(0, prompt(3, 1), 0),
+            Prompt(2, prompt(4, 33), 5),
+            Prompt(1, prompt(5, 7), 0),
+        ],
+    ):
+        torch.testing.assert_close(found.prefill(shown), expected.prefill(shown))
+    ids, positions = torch.tensor([3, 9, 30, 1]), torch.tensor([1, 7, 38, 20])
+    torch.testing.assert_close(found(ids, positions, PAGE), expected(ids, positions, PAGE))
 
 
 def run(decoder: BatchDecoder, joins: list[tuple[int, torch.Tensor, int]]) -> dict[int, tuple[list[int], str]]:
