@@ -210,7 +210,8 @@ class InFlight:
         if part.maximum <= line.count:
             return True
         embed, bounds = self.tts.engine.embed, {"minimum": part.minimum, "maximum": part.maximum}
-        shown = torch.cat([embed(text, speech) for text, speech in line.shown]).unsqueeze(0)
+        with self._decoder.aside():
+            shown = torch.cat([embed(text, speech) for text, speech in line.shown]).unsqueeze(0)
         if flight.row is None:
             flight.row = self._decoder.join(shown, **bounds, generator=line.generator, room=line.room)
         else:
