@@ -10,7 +10,8 @@ the first step is a graph too: launched one by one, its kernels would take as lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -29,7 +30,8 @@ FINE = 768  # beyond so many, twice that
 TOKENS = 32  # likewise, before the first step
 MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
-GRAPHS = 64  # kept at most
+GRAPHS = 128  # kept at most
+MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
 _Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
@@ -113,7 +115,7 @@ class FusedFlow:
             raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
         lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
         half = _padded(sum(lengths))
-        tiles = half // kernels.TILE + (1 << (len(utterances) - 1).bit_length())
+        tiles = _tiles(half, len(utterances))
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         view = self._view(half, tiles, longest)
         view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
@@ -140,7 +142,7 @@ class FusedFlow:
         """
         frames = self.config.token_mel_ratio * (len(tokens) - self.config.lookahead)
         half = _padded(frames)
-        tiles = half // kernels.TILE + 1
+        tiles = _tiles(half, 1)
         view = self._view(half, tiles, frames)
         view.tiles.copy_(kernels.tile_table([frames], [self.config.chunk_frames], tiles))
         view.pasts.zero_()
@@ -160,6 +162,37 @@ class FusedFlow:
                 self._step(view, keep)
             past.memory[step].copy_(now.memory[0])
         return past
+
+    def unpack(self, room: int) -> int:
+        """Unpack the weights for good, if they fit `room` bytes; returns the bytes taken. The mel is the same."""
+        sizes = [m.numel() * m.itemsize for block in self._blocks if block.packed for m in block.matrices]
+        if not sizes or sum(sizes) > room:
+            return 0
+        self._forget(len(self._graphs))
+        for index, block in enumerate(self._blocks):  # one by one, so that only one is there twice
+            self._blocks[index] = block.unpacked()
+        return sum(sizes)
+
+    @torch.inference_mode()
+    def prepare(self, frames: int) -> None:
+        """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
+
+        There is room for longer ones, which would move what was captured, up to twice that.
+        """
+        if self._stream is None:
+            return
+        most = 2 * _padded(frames)
+        self._view(most, _tiles(most, MANY_BESIDE), self.config.noise_frames)
+        for count in range(TOKENS, MANY + 1, TOKENS):
+            self._told(torch.zeros(count, dtype=torch.int64), torch.ones(self.config.speaker_dim))
+        for half in sorted({_padded(length) for length in range(1, frames + 1)}):
+            for utterances in (1, MANY_BESIDE):
+                tiles = _tiles(half, utterances)
+                view = self._view(half, tiles, half)
+                view.tiles.zero_()
+                view.clear()
+                self._row.zero_()
+                self._launch(partial(self._step, view), (half, tiles))
 
     def _view(self, half: int, tiles: int, positions: int) -> _View:
         room = self._room
@@ -460,6 +493,23 @@ class _Block:
             },
         )
 
+    @property
+    def packed(self) -> bool:
+        return any(self.parts.values())
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.qkv, self.out, self.up, self.down
+
+    def unpacked(self) -> _Block:
+        """The same, all matrices its own."""
+        self.unpack("attention")
+        qkv, out = self.qkv.clone(), self.out.clone()
+        self.unpack("feed-forward")
+        return replace(
+            self, qkv=qkv, out=out, up=self.up.clone(), down=self.down.clone(), parts=dict.fromkeys(self.parts, ())
+        )
+
     def unpack(self, half: str) -> None:
         for source, place in self.parts[half]:
             if isinstance(source, _Packed):
@@ -532,6 +582,12 @@ def _padded(frames: int) -> int:
     """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
     step = BUCKET if frames <= FINE else 2 * BUCKET
     return -(-frames // step) * step
+
+
+def _tiles(half: int, utterances: int) -> int:
+    """At least as many as so many utterances have, the last of each perhaps not full."""
+    spare = 1 if utterances == 1 else max(MANY_BESIDE, 1 << (utterances - 1).bit_length())
+    return half // kernels.TILE + spare
 
 
 def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int, steps: int) -> Tensor:
