@@ -10,24 +10,23 @@ the first step is a graph too: launched one by one, its kernels would take as lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosyq.kernels import dit as kernels
-from cosyq.model.config import FlowConfig
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
+from cosyq.runtime.flow_room import TOKENS, Room, Told, View
+from cosyq.runtime.flow_weights import Block, convolutions, scratch_places
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
-TOKENS = 32  # likewise, before the first step
 MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
@@ -64,18 +63,18 @@ class FusedFlow:
         self._row = torch.empty(self.config.modulation_width + 1, device=self.device)
         self._frequencies = estimator.rope_frequencies.data.float()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
-        self._convolutions = _convolutions(estimator.conv_pos)
+        self._convolutions = convolutions(estimator.conv_pos)
         packed = any(isinstance(layer, DequantLinear) for layer in estimator.blocks.modules())
         scratch = torch.empty(
-            max(p.stop for p in _places(self.config)) if packed else 0, dtype=self.dtype, device=self.device
+            max(p.stop for p in scratch_places(self.config)) if packed else 0, dtype=self.dtype, device=self.device
         )
-        self._blocks: list[_Block] = []
+        self._blocks: list[Block] = []
         for index in range(self.config.depth):  # one by one, so that only one is there twice
-            self._blocks.append(_Block.of(estimator.blocks[index], self.config, scratch))
+            self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch))
             estimator.blocks[index] = nn.Identity()
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
-        self._room: _Room | None = None
+        self._room: Room | None = None
         self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         # What is captured cannot be on the default stream.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -194,7 +193,7 @@ class FusedFlow:
                 self._row.zero_()
                 self._launch(partial(self._step, view), (half, tiles))
 
-    def _view(self, half: int, tiles: int, positions: int) -> _View:
+    def _view(self, half: int, tiles: int, positions: int) -> View:
         room = self._room
         if room is None or half > room.half or tiles > room.tiles or positions > room.positions:
             self._forget(len(self._graphs))  # they hold addresses
@@ -202,10 +201,10 @@ class FusedFlow:
             count = max(2 * frames // kernels.TILE, tiles, room.tiles if room else 0)
             places = max(frames, -(-positions // ROOM) * ROOM, room.positions if room else 0)
             self._room = room = None  # freed before its successor is allocated
-            self._room = room = _Room(self.config, frames, count, places, self._frequencies, self.dtype)
+            self._room = room = Room(self.config, frames, count, places, self._frequencies, self.dtype)
         return room.view(half, tiles)
 
-    def _told(self, tokens: Tensor, speaker: Tensor) -> _Told:
+    def _told(self, tokens: Tensor, speaker: Tensor) -> Told:
         """What the front makes of an utterance; valid until the next one's."""
         assert self._room is not None
         count = -(-len(tokens) // TOKENS) * TOKENS
@@ -219,7 +218,7 @@ class FusedFlow:
             self._launch(lambda: self._encode(told), ("front", count))
         return told
 
-    def _encode(self, told: _Told) -> None:
+    def _encode(self, told: Told) -> None:
         front, there = self._front, (told.tokens >= 0)[:, None]
         embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
         encoded = front.token_encoder(embedded[None], True)[0]  # zeros follow the last token, one way or the other
@@ -260,7 +259,7 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: _View, keep: _Keep | None = None) -> None:
+    def _step(self, v: View, keep: _Keep | None = None) -> None:
         """x moves by one step of the timestep in `_row`.
 
         keep: of a sequence that is alone.
@@ -294,288 +293,6 @@ class FusedFlow:
             kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, v.normed, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
         kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
-
-
-@dataclass(frozen=True)
-class _View:
-    """Activations of one number of rows; `half` of them conditional, as many not. In the flow's type unless said."""
-
-    x: Tensor  # [half, mel] float32
-    given: Tensor  # x and the condition, [rows, 2 * mel + token + mel]
-    residual: Tensor  # [rows, dim] float32
-    normed: Tensor  # [rows, dim]
-    context: Tensor  # [rows, inner], the same memory
-    qkv: Tensor  # [rows, 3 * inner]
-    hidden: Tensor  # [rows, ff_dim], the same memory
-    change: Tensor  # [rows, dim], the same memory, but not the hidden's
-    velocity: Tensor  # [rows, mel]
-    rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
-    tiles: Tensor
-    pasts: Tensor
-
-    def clear(self) -> None:
-        """No condition."""
-        self.given[:, self.x.shape[1] :] = 0
-
-    def begin(self, first: int, frames: slice, noise: Tensor, prompt: Tensor, told: _Told) -> None:
-        """Enter some frames of an utterance, from row `first`: their noise, and their condition where there is none."""
-        mel, rows = self.x.shape[1], slice(first, first + frames.stop - frames.start)
-        self.x[rows] = noise[frames]
-        both = self.given.view(2, len(self.x), -1)
-        both[:, rows, :mel] = noise[frames]
-        condition = both[0, rows, mel:]
-        condition[: max(len(prompt) - frames.start, 0), :mel] = prompt[frames]
-        condition[:, mel:-mel] = told.encoded[frames]
-        condition[:, -mel:] = told.voice
-
-
-@dataclass(frozen=True)
-class _Told:
-    """An utterance's tokens and speaker, and what the estimator is told of them, float32."""
-
-    tokens: Tensor  # [n] int64, -1 after the last
-    speaker: Tensor  # [speaker_dim]
-    encoded: Tensor  # [n * token_mel_ratio, token_dim]
-    voice: Tensor  # [mel]
-
-
-class _Room:
-    """The memory of activations for up to `half` frames, all utterances together, none beyond `positions`."""
-
-    def __init__(
-        self, config: FlowConfig, half: int, tiles: int, positions: int, frequencies: Tensor, dtype: torch.dtype
-    ):
-        self.half, self.tiles, self.positions, self.config = half, tiles, positions, config
-        device = frequencies.device
-        c, inner = config, config.heads * config.head_dim
-        self._widths = {
-            "given": 3 * c.mel_dim + c.token_dim,
-            "residual": c.dim,
-            "normed": max(c.dim, inner),
-            "wide": max(3 * inner, c.ff_dim + c.dim),
-            "velocity": c.mel_dim,
-        }
-        self._memory = {
-            name: torch.zeros(2 * half * width, dtype=torch.float32 if name == "residual" else dtype, device=device)
-            for name, width in self._widths.items()
-        }
-        self._x = torch.zeros(half, c.mel_dim, device=device)
-        self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
-        self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
-        tokens = -(-(positions // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
-        self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self._encoded = torch.zeros(tokens * c.token_mel_ratio, c.token_dim, device=device)
-        self._speaker, self._voice = (torch.zeros(n, device=device) for n in (c.speaker_dim, c.mel_dim))
-        angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
-        self._rope = angles.cos(), angles.sin()
-
-    def told(self, count: int) -> _Told:
-        encoded = self._encoded[: count * self.config.token_mel_ratio]
-        return _Told(self._tokens[:count], self._speaker, encoded, self._voice)
-
-    def view(self, half: int, tiles: int) -> _View:
-        rows, c = 2 * half, self.config
-        inner = c.heads * c.head_dim
-
-        def part(name: str, width: int, first: int = 0) -> Tensor:
-            return self._memory[name][rows * first : rows * (first + width)].view(rows, width)
-
-        return _View(
-            x=self._x[:half],
-            given=part("given", self._widths["given"]),
-            residual=part("residual", c.dim),
-            normed=part("normed", c.dim),
-            context=part("normed", inner),
-            qkv=part("wide", 3 * inner),
-            hidden=part("wide", c.ff_dim),
-            change=part("wide", c.dim, c.ff_dim),
-            velocity=part("velocity", c.mel_dim),
-            rope=self._rope,
-            tiles=self._table[:tiles],
-            pasts=self._pasts[:tiles],
-        )
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """A flat run of packed weights: `scales` for equal parts of them; `levels` [16] if they are 4-bit.
-
-    Under double quantization the scales are codes, and `nested` says of what, as `kernels.unpack_blocks` has it.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    levels: Tensor | None = None
-    nested: tuple[Tensor, Tensor] | None = None
-
-    @classmethod
-    def of(cls, layer: DequantLinear) -> _Packed:
-        t, fmt = layer.packed, layer.format
-        if fmt.name == "int8":
-            return cls(t["weight"].view(-1), t["SCB"])
-        nested = None
-        if fmt.double_quant:
-            spread = t["weight.nested_absmax"]
-            groups = torch.stack([spread, torch.full_like(spread, layer.offset)], dim=1)
-            nested = t["weight.nested_quant_map"], groups
-        return cls(t["weight"].view(-1), t["weight.absmax"], t["weight.quant_map"], nested)
-
-    @property
-    def count(self) -> int:
-        return self.codes.numel() * (1 if self.levels is None else 2)
-
-    @property
-    def run(self) -> int:
-        return self.count // self.scales.numel()
-
-    def followed_by(self, other: _Packed) -> _Packed | None:
-        """Both as one, if they are of one kind and groups of scales are whole."""
-        if not _same(self.levels, other.levels) or (self.nested is None) != (other.nested is None):
-            return None
-        codes = torch.cat([self.codes, other.codes])
-        if self.nested is not None and other.nested is not None:
-            whole = self.scales.numel() % kernels.NESTED_BLOCKSIZE == 0
-            if not whole or self.run != other.run or not _same(self.nested[0], other.nested[0]):
-                return None
-            groups = torch.cat([self.nested[1], other.nested[1]])
-            return _Packed(codes, torch.cat([self.scales, other.scales]), self.levels, (self.nested[0], groups))
-        run = gcd(self.run, other.run)
-        scales = [p.scales.repeat_interleave(p.run // run) for p in (self, other)]
-        return _Packed(codes, torch.cat(scales), self.levels)
-
-    def unpack(self, out: Tensor) -> None:
-        if self.levels is None:
-            kernels.unpack_rows(self.codes, self.scales, out)
-        else:
-            kernels.unpack_blocks(self.codes, self.scales, self.nested, self.levels, out)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-
-_Part = tuple[Tensor | _Packed, Tensor]  # what to unpack, and where to
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A transformer block. Matrices are its own, or places in the scratch that are valid once unpacked."""
-
-    qkv: Tensor
-    out: Tensor
-    up: Tensor
-    down: Tensor
-    qkv_bias: Tensor
-    out_bias: Tensor
-    up_bias: Tensor
-    down_bias: Tensor
-    parts: dict[str, tuple[_Part, ...]]
-
-    @classmethod
-    def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
-        a, f = block.attn, block.ff
-        places = [scratch[place] for place in _places(config)]
-        groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
-        found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
-        qkv, out, up, down = (matrix for matrix, _ in found)
-        return cls(
-            qkv,
-            out,
-            up,
-            down,
-            torch.cat([a.to_q.bias, a.to_k.bias, a.to_v.bias]),
-            a.to_out.bias,
-            f.up.bias,
-            f.down.bias,
-            {
-                name: _merged([part for _, parts in pair for part in parts])
-                for name, pair in (("attention", found[:2]), ("feed-forward", found[2:]))
-            },
-        )
-
-    @property
-    def packed(self) -> bool:
-        return any(self.parts.values())
-
-    @property
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.qkv, self.out, self.up, self.down
-
-    def unpacked(self) -> _Block:
-        """The same, all matrices its own."""
-        self.unpack("attention")
-        qkv, out = self.qkv.clone(), self.out.clone()
-        self.unpack("feed-forward")
-        return replace(
-            self, qkv=qkv, out=out, up=self.up.clone(), down=self.down.clone(), parts=dict.fromkeys(self.parts, ())
-        )
-
-    def unpack(self, half: str) -> None:
-        for source, place in self.parts[half]:
-            if isinstance(source, _Packed):
-                source.unpack(place)
-            else:
-                place.copy_(source)
-
-
-def _places(c: FlowConfig) -> list[slice]:
-    """Where a block's matrices are in the scratch: queries, keys and values together, out, up, down.
-
-    The last two may begin where the first was: they are unpacked after its product.
-    """
-    inner = c.heads * c.head_dim
-    qkv, out, up, down = 3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim
-    start = max(up + down - qkv, 0)
-    return [
-        slice(start, start + qkv),
-        slice(start + qkv, start + qkv + out),
-        slice(0, up),
-        slice(up, up + down),
-    ]
-
-
-def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
-    """Layers with one input as one matrix [outputs, width], and what must be unpacked to fill it.
-
-    Only if none is packed it is a matrix of its own.
-    """
-    if not any(isinstance(layer, DequantLinear) for layer in layers):
-        return torch.cat([layer.weight.data for layer in layers]) if len(layers) > 1 else layers[0].weight.data, []
-    parts: list[_Part] = []
-    first = 0
-    for layer in layers:
-        source = _Packed.of(layer) if isinstance(layer, DequantLinear) else layer.weight.data.view(-1)
-        count = source.count if isinstance(source, _Packed) else source.numel()
-        parts.append((source, place[first : first + count]))
-        first += count
-    width = layers[0].shape[1] if isinstance(layers[0], DequantLinear) else layers[0].weight.shape[1]
-    return place.view(-1, width), parts
-
-
-def _merged(parts: Sequence[_Part]) -> tuple[_Part, ...]:
-    """The same with neighbours of one kind made one, to be unpacked by one launch."""
-    merged: list[_Part] = []
-    for source, place in parts:
-        before, start = merged[-1] if merged else (None, place)
-        both = None
-        if isinstance(before, _Packed) and isinstance(source, _Packed):
-            adjacent = start.storage_offset() + start.numel() == place.storage_offset()
-            both = before.followed_by(source) if adjacent else None
-        if both is not None:
-            merged[-1] = (both, start.as_strided((both.count,), (1,)))
-        else:
-            merged.append((source, place))
-    return tuple(merged)
-
-
-def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
-    """Weights [groups, taps, in, out] and biases."""
-    found = []
-    for layer in (conv.conv1, conv.conv2):
-        out, width, taps = layer.weight.shape
-        weight = layer.weight.data.view(layer.groups, out // layer.groups, width, taps)
-        found.append((weight.permute(0, 3, 2, 1).contiguous(), layer.bias.data))
-    return found
 
 
 def _padded(frames: int) -> int:

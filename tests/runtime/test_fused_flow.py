@@ -14,7 +14,8 @@ from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.linear import DequantLinear
 from cosyq.quantize.pack import pack
 from cosyq.runtime.flow_past import Past, Pasts, numbers, whole_blocks
-from cosyq.runtime.fused_flow import FusedFlow, Utterance, _Packed
+from cosyq.runtime.flow_weights import PackedRun
+from cosyq.runtime.fused_flow import FusedFlow, Utterance
 
 SMALL = FlowConfig(
     vocab=40, token_dim=8, mel_dim=12, speaker_dim=6, token_mel_ratio=2, lookahead=3, lookahead_channels=16,
@@ -191,7 +192,7 @@ def test_layers_of_one_kind_unpack_as_one(fmt):
     for rows, width in ((128, 128), (128, 256)):
         tensors, _ = pack(torch.randn(rows, width), fmt, CPU)
         layers.append(DequantLinear(fmt, (rows, width), tensors, None))
-    both = _Packed.of(layers[0]).followed_by(_Packed.of(layers[1]))
+    both = PackedRun.of(layers[0]).followed_by(PackedRun.of(layers[1]))
     out = torch.full((both.count,), float("nan"))
     both.unpack(out)
     assert torch.equal(out, torch.cat([layer.weight().view(-1) for layer in layers]))

@@ -1,0 +1,197 @@
+"""A flow's weights as its fast engine takes them: a block's matrices, and how they are unpacked into scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosyq.kernels import dit as kernels
+from cosyq.model.config import FlowConfig
+from cosyq.quantize.linear import DequantLinear
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """A flat run of packed weights: `scales` for equal parts of them; `levels` [16] if they are 4-bit.
+
+    Under double quantization the scales are codes, and `nested` says of what, as `kernels.unpack_blocks` has it.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    levels: Tensor | None = None
+    nested: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: DequantLinear) -> PackedRun:
+        t, fmt = layer.packed, layer.format
+        if fmt.name == "int8":
+            return cls(t["weight"].view(-1), t["SCB"])
+        nested = None
+        if fmt.double_quant:
+            spread = t["weight.nested_absmax"]
+            groups = torch.stack([spread, torch.full_like(spread, layer.offset)], dim=1)
+            nested = t["weight.nested_quant_map"], groups
+        return cls(t["weight"].view(-1), t["weight.absmax"], t["weight.quant_map"], nested)
+
+    @property
+    def count(self) -> int:
+        return self.codes.numel() * (1 if self.levels is None else 2)
+
+    @property
+    def run(self) -> int:
+        return self.count // self.scales.numel()
+
+    def followed_by(self, other: PackedRun) -> PackedRun | None:
+        """Both as one, if they are of one kind and groups of scales are whole."""
+        if not _same(self.levels, other.levels) or (self.nested is None) != (other.nested is None):
+            return None
+        codes = torch.cat([self.codes, other.codes])
+        if self.nested is not None and other.nested is not None:
+            whole = self.scales.numel() % kernels.NESTED_BLOCKSIZE == 0
+            if not whole or self.run != other.run or not _same(self.nested[0], other.nested[0]):
+                return None
+            groups = torch.cat([self.nested[1], other.nested[1]])
+            return PackedRun(codes, torch.cat([self.scales, other.scales]), self.levels, (self.nested[0], groups))
+        run = gcd(self.run, other.run)
+        scales = [p.scales.repeat_interleave(p.run // run) for p in (self, other)]
+        return PackedRun(codes, torch.cat(scales), self.levels)
+
+    def unpack(self, out: Tensor) -> None:
+        if self.levels is None:
+            kernels.unpack_rows(self.codes, self.scales, out)
+        else:
+            kernels.unpack_blocks(self.codes, self.scales, self.nested, self.levels, out)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+_Part = tuple[Tensor | PackedRun, Tensor]  # what to unpack, and where to
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block. Matrices are its own, or places in the scratch that are valid once unpacked."""
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+    qkv_bias: Tensor
+    out_bias: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+    parts: dict[str, tuple[_Part, ...]]
+
+    @classmethod
+    def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> Block:
+        a, f = block.attn, block.ff
+        places = [scratch[place] for place in scratch_places(config)]
+        groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
+        found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
+        qkv, out, up, down = (matrix for matrix, _ in found)
+        return cls(
+            qkv,
+            out,
+            up,
+            down,
+            torch.cat([a.to_q.bias, a.to_k.bias, a.to_v.bias]),
+            a.to_out.bias,
+            f.up.bias,
+            f.down.bias,
+            {
+                name: _merged([part for _, parts in pair for part in parts])
+                for name, pair in (("attention", found[:2]), ("feed-forward", found[2:]))
+            },
+        )
+
+    @property
+    def packed(self) -> bool:
+        return any(self.parts.values())
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.qkv, self.out, self.up, self.down
+
+    def unpacked(self) -> Block:
+        """The same, all matrices its own."""
+        self.unpack("attention")
+        qkv, out = self.qkv.clone(), self.out.clone()
+        self.unpack("feed-forward")
+        return replace(
+            self, qkv=qkv, out=out, up=self.up.clone(), down=self.down.clone(), parts=dict.fromkeys(self.parts, ())
+        )
+
+    def unpack(self, half: str) -> None:
+        for source, place in self.parts[half]:
+            if isinstance(source, PackedRun):
+                source.unpack(place)
+            else:
+                place.copy_(source)
+
+
+def scratch_places(c: FlowConfig) -> list[slice]:
+    """Where a block's matrices are in the scratch: queries, keys and values together, out, up, down.
+
+    The last two may begin where the first was: they are unpacked after its product.
+    """
+    inner = c.heads * c.head_dim
+    qkv, out, up, down = 3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim
+    start = max(up + down - qkv, 0)
+    return [
+        slice(start, start + qkv),
+        slice(start + qkv, start + qkv + out),
+        slice(0, up),
+        slice(up, up + down),
+    ]
+
+
+def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
+    """Layers with one input as one matrix [outputs, width], and what must be unpacked to fill it.
+
+    Only if none is packed it is a matrix of its own.
+    """
+    if not any(isinstance(layer, DequantLinear) for layer in layers):
+        return torch.cat([layer.weight.data for layer in layers]) if len(layers) > 1 else layers[0].weight.data, []
+    parts: list[_Part] = []
+    first = 0
+    for layer in layers:
+        source = PackedRun.of(layer) if isinstance(layer, DequantLinear) else layer.weight.data.view(-1)
+        count = source.count if isinstance(source, PackedRun) else source.numel()
+        parts.append((source, place[first : first + count]))
+        first += count
+    width = layers[0].shape[1] if isinstance(layers[0], DequantLinear) else layers[0].weight.shape[1]
+    return place.view(-1, width), parts
+
+
+def _merged(parts: Sequence[_Part]) -> tuple[_Part, ...]:
+    """The same with neighbours of one kind made one, to be unpacked by one launch."""
+    merged: list[_Part] = []
+    for source, place in parts:
+        before, start = merged[-1] if merged else (None, place)
+        both = None
+        if isinstance(before, PackedRun) and isinstance(source, PackedRun):
+            adjacent = start.storage_offset() + start.numel() == place.storage_offset()
+            both = before.followed_by(source) if adjacent else None
+        if both is not None:
+            merged[-1] = (both, start.as_strided((both.count,), (1,)))
+        else:
+            merged.append((source, place))
+    return tuple(merged)
+
+
+def convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
+    """Weights [groups, taps, in, out] and biases."""
+    found = []
+    for layer in (conv.conv1, conv.conv2):
+        out, width, taps = layer.weight.shape
+        weight = layer.weight.data.view(layer.groups, out // layer.groups, width, taps)
+        found.append((weight.permute(0, 3, 2, 1).contiguous(), layer.bias.data))
+    return found
