@@ -14,6 +14,8 @@ from typing import Any
 TABLES = (
     ("llm.kl", "llm.top1", "llm.nll", "llm.stop"),
     ("flow.lsd", "flow.mcd", "vocoder.stft", "chain.lsd", "chain.stft"),
+    ("spoken.errors", "spoken.similarity", "spoken.timbre", "spoken.mos", "spoken.duration"),
+    ("spoken.runaway", "spoken.truncated", "spoken.clicks", "spoken.silence"),
 )
 
 
@@ -29,9 +31,12 @@ def _number(value: float, sign: str) -> str:
 
 
 def tables(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Two tables in Markdown, one of the language model and one of the sound, a row for each named report."""
+    """Tables in Markdown, a row for each named report; one is left out if nobody has any of it."""
     parts = []
-    for keys in TABLES:
+    for group in TABLES:
+        keys = [key for key in group if any(key in report["findings"] for report in reports.values())]
+        if not keys:
+            continue
         units = {key: finding["unit"] for report in reports.values() for key, finding in report["findings"].items()}
         header = ["", "MB", *(f"{key} ({units[key]})" if units.get(key) else key for key in keys)]
         rows = [

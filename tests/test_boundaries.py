@@ -122,7 +122,7 @@ def test_speaking_cannot_quantize_again():
         ("fastapi", {"server.app"}),
         ("ray", {"server.ray"}),
         ("uvicorn", {"server.run"}),
-        ("av", {"server.encoders"}),
+        ("av", {"server.compressed"}),
         ("prometheus_client", {"server.metrics"}),
         ("typer", {name for name, _ in modules() if name.startswith("cli.")} - {"cli.batch", "cli.reading"}),
         ("onnxruntime", {"voices.enrol"}),

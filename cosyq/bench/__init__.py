@@ -2,5 +2,5 @@
 
 from typing import Literal
 
-Part = Literal["llm", "flow", "vocoder", "speech", "streams", "cold"]
-PARTS: tuple[Part, ...] = ("llm", "flow", "vocoder", "speech", "streams", "cold")
+Part = Literal["llm", "flow", "vocoder", "speech", "streams", "serve", "cold"]
+PARTS: tuple[Part, ...] = ("llm", "flow", "vocoder", "speech", "streams", "serve", "cold")

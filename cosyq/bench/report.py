@@ -12,6 +12,7 @@ from cosyq.bench.machine import Memory, Rates
 from cosyq.bench.original import Original
 from cosyq.bench.parts import LanguageModel, Speech, Stage
 from cosyq.bench.roofline import Floor, Floors
+from cosyq.bench.serve import Served
 from cosyq.bench.streams import Streams
 from cosyq.bench.timing import Spread
 
@@ -60,6 +61,7 @@ class Results:
     speech: Speech | None = None
     memory_bytes: Held | None = None
     streams: tuple[Streams, ...] = ()
+    served: Served | None = None
     cold: Cold | None = None
     rates: Rates | None = None
     floors: Floors | None = None
@@ -108,7 +110,8 @@ def about(subject: Subject) -> str:
 
 
 def _rows(results: Results) -> list[Row]:
-    return [*_stages(results), *_speech(results), *_memory(results), *_streams(results), *_cold(results)]
+    spoken = [*_speech(results), *_memory(results), *_streams(results), *_served(results)]
+    return [*_stages(results), *spoken, *_cold(results)]
 
 
 def _stages(results: Results) -> list[Row]:
@@ -181,10 +184,31 @@ def _streams(results: Results) -> list[Row]:
     rows = []
     for s in results.streams:
         what = "1 stream" if s.streams == 1 else f"{s.streams} streams" + _waiting(s)
-        first = f"first audio {_time(s.first_audio_seconds_p50)}, p95 {_time(s.first_audio_seconds_p95)}"
-        gaps = f", {s.interrupted} of {s.requests} interrupted" if s.interrupted else ""
-        rows.append(Row(what, f"{number(s.audio_seconds_per_second)} s of audio a second, {first}{gaps}"))
+        rows.append(Row(what, _heard(s)))
     return rows
+
+
+def _heard(s: Streams) -> str:
+    first = f"first audio {_time(s.first_audio_seconds_p50)}, p95 {_time(s.first_audio_seconds_p95)}"
+    gaps = f", {s.interrupted} of {s.requests} interrupted" if s.interrupted else ""
+    return f"{number(s.audio_seconds_per_second)} s of audio a second, {first}{gaps}"
+
+
+def _served(results: Results) -> list[Row]:
+    served = results.served
+    if served is None:
+        return []
+    rows = []
+    for s in served.streams:
+        what = "1 client" if s.streams == 1 else f"{s.streams} clients"
+        rows.append(Row(f"{what} over HTTP{_waiting(s)}", _heard(s)))
+    singly = {
+        "first audio, engine alone": served.engine_first_audio_seconds,
+        "first audio over HTTP": served.first_audio_seconds,
+        "what HTTP adds to the first audio": served.first_audio_cost_seconds,
+        "what HTTP adds to the last audio": served.whole_cost_seconds,
+    }
+    return rows + [Row(what, _time(took.median), _range(took, _time)) for what, took in singly.items()]
 
 
 def _waiting(streams: Streams) -> str:

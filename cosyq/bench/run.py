@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,8 @@ from cosyq.bench.cold import COLD_RUNS, cold_start
 from cosyq.bench.original import original_on
 from cosyq.bench.report import Held, Results, Subject
 from cosyq.bench.roofline import floors
-from cosyq.bench.streams import ROUNDS, concurrent
+from cosyq.bench.serve import ALONE, Served, over_http
+from cosyq.bench.streams import ROUNDS, Answers, Load, concurrent
 from cosyq.bench.timing import RUNS, WARM_UPS, Repeat, Say, synchronize
 from cosyq.errors import UsageError
 from cosyq.random_model import random_voice
@@ -26,6 +28,7 @@ from cosyq.runtime.synthesizer import load
 class Wanted:
     """What to measure, and on what.
 
+    parts: serve brings streams along, which it is compared with.
     voice, steps: as in `runtime.request.Options`; without a voice, and of an artifact that has none, a random one.
     engine, device, dtype: as in `runtime.synthesizer.load`.
     seconds: of audio, of a stage by itself.
@@ -48,15 +51,17 @@ def bench(artifact: Artifact, wanted: Wanted, say: Say) -> Results:
     """Measure.
 
     Raises:
-        UsageError: the voice or the number of flow steps is unknown, or no utterance can be that long.
+        UsageError: the voice or the number of flow steps is unknown, or no utterance can be that long; or a server
+            would take another number of flow steps.
         ArtifactError: the voice or the artifact is damaged.
         DeviceError: the device is missing or too small.
-        CosyqError: a cold start failed.
+        CosyqError: a cold start or a server failed.
     """
     device = pick_device(wanted.device)
     engine, dtype = pick_engine(wanted.engine, device), pick_dtype(wanted.dtype, device)
     repeat = Repeat(device, WARM_UPS[device.type], wanted.runs or RUNS[device.type], say)
     manner, tokens = _asked(artifact, wanted)
+    asked = Load(wanted.streams, wanted.runs or ROUNDS[device.type], ALONE if "serve" in wanted.parts else 0)
     model, prompt = artifact.manifest.model, manner.voice.prompt_tokens.numel()
     subject = Subject(
         artifact=artifact.manifest.name,
@@ -73,11 +78,16 @@ def bench(artifact: Artifact, wanted: Wanted, say: Say) -> Results:
         runs=repeat.runs,
     )
     original = original_on(subject.device, model, wanted.seconds, subject.prompt_seconds)
-    found = Results(subject, original=original)
+    found, spoken = Results(subject, original=original), None
+    place = {"engine": engine, "device": str(device), "dtype": wanted.dtype}
     if wanted.parts != {"cold"}:
-        found = _on_one_engine(artifact, wanted, manner, tokens, dtype, repeat, found)
+        found, spoken = _on_one_engine(artifact, wanted, manner, tokens, dtype, repeat, asked, found)
+        _let_go(device)
+    if "serve" in wanted.parts:
+        assert spoken is not None
+        served = over_http(artifact, manner, place, asked, spoken.streams[0].rows, device, say)
+        found = replace(found, served=Served.of(served, spoken))
     if "cold" in wanted.parts:
-        place = {"engine": engine, "device": str(device), "dtype": wanted.dtype}
         found = replace(found, cold=cold_start(artifact.folder, manner, place, wanted.runs or COLD_RUNS, say))
     return found
 
@@ -88,6 +98,9 @@ def _asked(artifact: Artifact, wanted: Wanted) -> tuple[Manner, int]:
     requests, model = Requests(artifact), artifact.manifest.model
     voice = random_voice(parts.SEED) if nobody else wanted.voice
     manner = requests.manner({"voice": voice, "steps": wanted.steps, "seed": parts.SEED})
+    if "serve" in wanted.parts and manner.steps != (served := artifact.manifest.flow_steps[0]):
+        where, remedy = f"{manner.steps} flow steps", "measure it with those, or name other parts than serve"
+        raise UsageError(f"a server of this artifact takes {served}", where=where, remedy=remedy)
     samples = model.vocoder.samples_per_frame * model.flow.token_mel_ratio  # of an id
     tokens, room = round(wanted.seconds * model.vocoder.sample_rate / samples), requests.room(manner.voice)
     if tokens > room:
@@ -102,9 +115,13 @@ def _on_one_engine(
     tokens: int,
     dtype: torch.dtype,
     repeat: Repeat,
+    asked: Load,
     found: Results,
-) -> Results:
-    """`found`, with all parts but the cold start. The device is probed last: its buffers are not the engine's."""
+) -> tuple[Results, Answers | None]:
+    """`found`, with all parts but those of other processes, and what the part `streams` heard.
+
+    The device is probed last: its buffers are not the engine's.
+    """
     device, chosen = repeat.device, wanted.parts
     repeat.say("loading")
     synchronize(device)  # taking a GPU into use is no part of loading
@@ -122,9 +139,10 @@ def _on_one_engine(
     if "speech" in chosen:
         found = replace(found, speech=parts.speech(repeat, tts, manner))
     found = replace(found, memory_bytes=Held(engine.weights, before, loaded, machine.memory(device)))
-    if "streams" in chosen:
-        spoken = concurrent(tts, manner, wanted.streams, wanted.runs or ROUNDS[device.type], repeat.say)
-        found = replace(found, streams=tuple(spoken))
+    spoken = None
+    if chosen & {"streams", "serve"}:
+        spoken = concurrent(tts, manner, asked, repeat.say)
+        found = replace(found, streams=spoken.streams)
     if chosen & {"llm", "flow", "vocoder"}:
         rates = machine.rates(device, dtype, repeat.say)
         best = floors(
@@ -138,4 +156,11 @@ def _on_one_engine(
             itemsize=dtype.itemsize,
         )
         found = replace(found, rates=rates, floors=best)
-    return found
+    return found, spoken
+
+
+def _let_go(device: torch.device) -> None:
+    """Give an engine's memory back, for the processes that come next."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

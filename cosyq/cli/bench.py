@@ -26,6 +26,7 @@ from cosyq.cli.console import (
 from cosyq.errors import UsageError
 from cosyq.files import whole_file
 from cosyq.publish.reports import BENCH_FILE
+from cosyq.server import REMEDY, missing, require_packages
 
 MOST_STREAMS = 256
 ALL = "all"
@@ -40,13 +41,17 @@ def bench(
     recipe: Annotated[str | None, typer.Option(help="What packs random weights: a recipe; else int8.")] = None,
     voice: Annotated[str | None, typer.Option("-v", "--voice", help="A voice's name or file.")] = None,
     parts: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Of llm, flow, vocoder, speech, streams and cold; or all.")
+        str, typer.Option(metavar="NAME,...", help="Of llm, flow, vocoder, speech, streams, serve and cold; or all.")
     ] = "llm,flow,vocoder,speech",
-    streams: Annotated[str, typer.Option(metavar="N,...", help="How many at once, in the part streams.")] = "1,4,16",
+    streams: Annotated[
+        str, typer.Option(metavar="N,...", help="How many at once, in the parts streams and serve.")
+    ] = "1,4,16",
     seconds: Annotated[int, typer.Option(min=1, max=60, help="Of audio that a stage makes by itself.")] = 10,
     runs: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="How often; else 7 times on a GPU, 3 on a CPU, streams 3 and once."),
+        typer.Option(
+            min=1, max=1000, help="How often; else 7 times on a GPU, 3 on a CPU, streams and serve 3 and once."
+        ),
     ] = None,
     flow_steps: Annotated[int | None, typer.Option(help="Euler steps, if the artifact has several.")] = None,
     engine: EngineOption = "auto",
@@ -60,8 +65,9 @@ def bench(
     """Measure how fast an artifact speaks on this machine, beside what the machine could do at best.
 
     The stages by themselves (llm, flow, vocoder), a sentence whole and streamed (speech), several requests at once
-    (streams) and new processes (cold). With cosyq-mini on two cores the default's parts take half a minute, streams
-    one minute more and cold half of one. The published model takes no longer on a GPU, and on a CPU tens of times as
+    (streams), the same over HTTP with what that adds to a request (serve, which brings streams along), and new
+    processes (cold). With cosyq-mini on two cores the default's parts take half a minute, streams one minute more,
+    serve several and cold half of one. The published model takes no longer on a GPU, and on a CPU tens of times as
     long: name parts there, and --runs 1. --random full takes 4.2 GB of a temporary folder for its time, and half a
     minute on a GPU machine, minutes on two cores; to keep it, use `cosyq checkpoint random` and `cosyq quantize`.
     """
@@ -98,9 +104,13 @@ def bench(
 def _parts(given: str) -> frozenset[Part]:
     names = {name.strip() for name in given.split(",")}
     if names == {ALL}:
-        return frozenset(PARTS)
+        if gone := missing():
+            note(f"the part serve is left out: {', '.join(gone)} not here; {REMEDY}")
+        return frozenset(part for part in PARTS if part != "serve" or not gone)
     if unknown := names - set(PARTS):
         raise UsageError("no such part", where=", ".join(sorted(unknown)), remedy=f"there are: {', '.join(PARTS)}, all")
+    if "serve" in names:
+        require_packages()
     return frozenset(part for part in PARTS if part in names)
 
 

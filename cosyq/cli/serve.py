@@ -19,6 +19,7 @@ from cosyq.cli.console import (
     note,
 )
 from cosyq.errors import ArtifactError, CosyqError, UsageError
+from cosyq.server import ENCODING, REMEDY, missing, require_packages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from cosyq.artifact.reader import Artifact
     from cosyq.server.speaker import Speaker
 
-PACKAGES = ("fastapi", "starlette", "uvicorn", "av", "prometheus_client", "python_multipart", "websockets")
 ELSEWHERE = ("COSYQ_ARTIFACT", "COSYQ_DEBUG")  # variables that are read without an option of ours
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
@@ -72,19 +72,14 @@ def serve(
         note(f"warning: {name} means nothing here")
     if host not in LOCAL and not api_key:
         note(f"warning: whoever reaches {host}:{port} can speak without a key; set COSYQ_API_KEY")
-    try:
-        import python_multipart  # noqa: F401  FastAPI asks for it late, and otherwise than by an import
-
-        from cosyq.server import logs
-        from cosyq.server.run import listen, serve
-        from cosyq.server.settings import Settings
-    except ModuleNotFoundError as error:
-        if error.name not in PACKAGES:
-            raise
-        remedy = "install them with `pip install 'cosyq[serve]'`"
-        raise UsageError(f"the server's packages are not here ({error.name})", where="serve", remedy=remedy) from None
+    require_packages()
+    if gone := missing(ENCODING):
+        note(f"warning: there is no format but wav and pcm without {', '.join(gone)}; {REMEDY}")
 
     from cosyq.artifact.reader import open_artifact
+    from cosyq.server import logs
+    from cosyq.server.run import listen, serve
+    from cosyq.server.settings import Settings
 
     opened = open_artifact(_folder(artifact))
     settings = Settings(

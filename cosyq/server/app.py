@@ -21,7 +21,7 @@ from cosyq.errors import CosyqError, UsageError
 from cosyq.server.asked import speech_request
 from cosyq.server.conversation import Conversation
 from cosyq.server.delivery import ClientGoneError, Delivery
-from cosyq.server.encoders import WIRES, make_encoder
+from cosyq.server.encoders import WIRES, make_encoder, prepare
 from cosyq.server.failures import INVALID, SERVER, Failure, RefusedError, failure_of, refused
 from cosyq.server.gate import FIELDS, VOICES, Gate
 from cosyq.server.logs import event, log
@@ -41,6 +41,7 @@ def make_app(service: Service, loader: Loader) -> FastAPI:
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         service.load(loader)
+        await asyncio.to_thread(prepare)
         yield
         service.close()
 

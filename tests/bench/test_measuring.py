@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from time import perf_counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from cosyq.bench.original import Original, original_on
 from cosyq.bench.parts import LanguageModel, Speech, Stage
 from cosyq.bench.report import Held, Results, Subject, number, to_json
 from cosyq.bench.roofline import Floor, Floors
-from cosyq.bench.streams import _ask, concurrent
+from cosyq.bench.serve import Served
+from cosyq.bench.streams import Answers, Heard, Load, Streams, concurrent
 from cosyq.bench.timing import Repeat, Spread
 from cosyq.errors import CosyqError
 from cosyq.random_model import random_voice
@@ -78,7 +78,9 @@ def test_streams_go_through_the_servers_rows(artifact_of, monkeypatch):
     tts = load(artifact_of("int8"), device="cpu")
     manner = tts.requests.manner({"voice": None, "seed": 0})
     said = []
-    one, six = concurrent(tts, manner, (1, 6), 2, said.append)
+    found = concurrent(tts, manner, Load((1, 6), 2, 0), said.append)
+    assert found.alone == ()
+    one, six = found.streams
     assert (one.streams, one.rows, one.requests) == (1, 4, 2)
     assert (six.streams, six.rows, six.requests) == (6, 4, 12)
     assert six.audio_seconds_per_second > 0
@@ -88,18 +90,14 @@ def test_streams_go_through_the_servers_rows(artifact_of, monkeypatch):
 
 
 def test_a_request_that_would_have_fallen_silent_is_seen(time):
-    class Batch:
-        tts = SimpleNamespace(sample_rate=100)
+    def pieces(pause):
+        for before, seconds in ((0.3, 0.5), (0.4, 1.0), (pause, 0.1), (0.01, 0.1)):
+            time(before)
+            yield seconds
+        time(0.2)
 
-        def stream(self, text, *, seed, **options):
-            for before, samples in ((0.3, 50), (0.4, 100), (0.9 + seed, 10), (0.01, 10)):
-                time(before)
-                yield SimpleNamespace(samples=range(samples))
-
-    heard = _ask(Batch(), SimpleNamespace(voice=None, steps=10), 0, 2)
-    assert [h.first for h in heard] == [pytest.approx(0.3)] * 2
-    assert [h.audio for h in heard] == [pytest.approx(1.7)] * 2
-    assert [h.late for h in heard] == [0, pytest.approx(0.4 + 1.9 - 1.5)]  # before: 1.5 s of audio
+    assert Heard.of(pieces(0.9)) == Heard(pytest.approx(0.3), pytest.approx(1.81), pytest.approx(1.7), 0)
+    assert Heard.of(pieces(1.9)).late == pytest.approx(0.4 + 1.9 - 1.5)  # before: 1.5 s of audio
 
 
 def test_a_process_is_timed_to_its_first_byte_and_ended():
@@ -181,6 +179,44 @@ def test_the_figures():
     assert found["speech"]["first_audio_seconds"] == {"median": 0.0314, "least": 0.03, "most": 0.04}
     assert found["memory_bytes"]["spoken"]["peak"] == 7 << 20
     assert found["floors"]["token"] == {"bytes": 290_000_000, "operations": 7, "seconds": 0.0001}
+
+
+def test_costs_are_differences_seed_by_seed():
+    """The second request is four seconds longer on both sides."""
+    own = Answers((), (Heard(0.100, 1.0, 3.0, 0.0), Heard(0.300, 5.0, 9.0, 0.0), Heard(0.200, 2.0, 4.0, 0.0)))
+    streams = (Streams(1, 16, 3, 60.0, 0.104, 0.2, 0), Streams(32, 16, 96, 200.0, 0.5, 0.9, 7))
+    served = Answers(
+        streams, (Heard(0.103, 1.0015, 3.0, 0.0), Heard(0.302, 5.004, 9.0, 0.0), Heard(0.204, 2.002, 4.0, 0.0))
+    )
+    found = Served.of(served, own)
+    assert found.requests == 3
+    assert found.first_audio_seconds.median == 0.204
+    assert found.engine_first_audio_seconds == Spread(0.200, 0.100, 0.300)
+    assert found.first_audio_cost_seconds.median == pytest.approx(0.003)
+    assert found.first_audio_cost_seconds.most == pytest.approx(0.004)
+    assert found.whole_cost_seconds.median == pytest.approx(0.002)
+
+    report = to_json(Results(SUBJECT, streams=streams, served=found))
+    assert report["rows"] == [
+        ["1 stream", "60.0 s of audio a second, first audio 104 ms, p95 200 ms", ""],
+        [
+            "32 streams, 16 at a time",
+            "200 s of audio a second, first audio 500 ms, p95 900 ms, 7 of 96 interrupted",
+            "",
+        ],
+        ["1 client over HTTP", "60.0 s of audio a second, first audio 104 ms, p95 200 ms", ""],
+        [
+            "32 clients over HTTP, 16 at a time",
+            "200 s of audio a second, first audio 500 ms, p95 900 ms, 7 of 96 interrupted",
+            "",
+        ],
+        ["first audio, engine alone", "200 ms", "100 ms to 300 ms"],
+        ["first audio over HTTP", "204 ms", "103 ms to 302 ms"],
+        ["what HTTP adds to the first audio", "3.00 ms", "2.00 ms to 4.00 ms"],
+        ["what HTTP adds to the last audio", "2.00 ms", "1.50 ms to 4.00 ms"],
+    ]
+    assert report["served"]["first_audio_cost_seconds"] == {"median": 0.003, "least": 0.002, "most": 0.004}
+    assert [s["streams"] for s in report["served"]["streams"]] == [1, 32]
 
 
 def test_the_original_stands_beside_the_same_work_on_the_same_card(artifact_of):

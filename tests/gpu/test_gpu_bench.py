@@ -1,10 +1,12 @@
-"""`cosyq bench` on a CUDA machine: every part, of the published size."""
+"""`cosyq bench` on a CUDA machine: every part, of the published size; over HTTP where the server's packages are."""
 
 import json
 import os
 
 import pytest
 import torch
+
+from cosyq.server import missing
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,4 +33,8 @@ def test_everything_is_measured(cli):
     assert sum(memory["weights"].values()) < memory["loaded"]["used"] <= memory["spoken"]["peak"]
     assert memory["spoken"]["peak"] <= memory["spoken"]["peak_reserved"]
     assert [(s["streams"], s["rows"]) for s in found["streams"]] == [(1, 16), (4, 16), (16, 16)]
+    assert ("served" in found) == (not missing())
+    if served := found.get("served"):
+        assert [(s["streams"], s["rows"]) for s in served["streams"]] == [(1, 16), (4, 16), (16, 16)]
+        assert served["first_audio_cost_seconds"]["median"] < 0.005
     assert found["cold"]["ratio"] > 1

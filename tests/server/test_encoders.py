@@ -1,11 +1,15 @@
 """Formats and speeds: what goes in comes out, whole, as it is made."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from serving import RATE, decoded, seconds_of, tone
 
 from cosyq.audio.sinks import OPEN_LENGTH, to_s16
-from cosyq.server.encoders import WIRES, make_encoder
+from cosyq.errors import UsageError
+from cosyq.server.encoders import WIRES, make_encoder, prepare
 
 FORMATS = list(WIRES)
 SECONDS = 2.311
@@ -62,3 +66,22 @@ def test_a_wav_header_comes_once_and_leaves_the_length_open():
 def test_the_shortest_audio_still_is_a_file(format):
     """Two speech tokens at twice the speed, less than a window of atempo: the header and all come at the end."""
     assert 0 < seconds_of(b"".join(encoded(format, tone(0.04).samples, tempo=2.0)), format) < 0.07
+
+
+def test_wav_and_pcm_need_no_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "cosyq.server.compressed", raising=False)
+    monkeypatch.delattr("cosyq.server.compressed", raising=False)
+    prepare()
+    data = to_s16(tone(1.0).samples)
+    assert b"".join(encoded("pcm", tone(1.0).samples)) == data
+    assert b"".join(encoded("wav", tone(1.0).samples)).endswith(data)
+    with pytest.raises(UsageError, match="no PyAV for mp3; ask for wav or pcm"):
+        make_encoder("mp3", RATE)
+    with pytest.raises(UsageError, match=r"no PyAV for pcm at this speed; .* 0\.5 to 2"):
+        make_encoder("pcm", RATE, 0.5)
+
+
+def test_a_server_is_read_without_the_library():
+    code = "import sys; sys.modules['av'] = None; import cosyq.server.run"
+    subprocess.run([sys.executable, "-c", code], check=True)

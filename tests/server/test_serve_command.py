@@ -208,12 +208,14 @@ def test_what_is_wrong_is_said_in_one_line(cli, mini_artifact, tmp_path, server,
     assert code == 2
     assert "cannot listen there" in err
     assert "warning: whoever reaches no.such.host.invalid:8000 can speak without a key" in err
+    monkeypatch.setitem(sys.modules, "av", None)
+    code, err = cli("-a", mini_artifact, "--port", server.port)
+    assert code == 2
+    assert "no format but wav and pcm without av; install them with `pip install 'cosyq[serve]'`" in err
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    for name in [n for n in sys.modules if n.startswith("cosyq.server")]:
-        monkeypatch.delitem(sys.modules, name)
     code, err = cli("-a", mini_artifact)
     assert code == 2
-    assert "fastapi" in err
+    assert "the server's packages are not here (fastapi)" in err
     assert "pip install 'cosyq[serve]'" in err
 
 
