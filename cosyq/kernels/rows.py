@@ -147,13 +147,14 @@ def rows_of(
 
 @dataclass(frozen=True)
 class Pass:
-    """`rows` of them, none beyond the first `used` pages of its row.
+    """A pass over `rows` of them.
 
-    together: rows come in `TOGETHER` positions of one prompt each; otherwise each is an utterance of its own.
+    together: they come in `TOGETHER` positions of one prompt each; otherwise each is an utterance of its own, none
+    beyond the first `pages` of its row.
     """
 
     rows: int
-    used: int
+    pages: int
     together: bool
     shape: Shape
     pdl: bool
@@ -219,7 +220,7 @@ def attend(keys: Tensor, values: Tensor, b: Rows, p: Pass) -> None:
             *given, p.rows, s.dim**-0.5, TOGETHER=TOGETHER, **sizes, **p.launch(4, 1)
         )
     else:
-        _attend_rows[(p.rows, s.kv_heads, p.used)](
+        _attend_rows[(p.rows, s.kv_heads, p.pages)](
             *given, b.page_parts, b.page_stats, b.counts, s.dim**-0.5,
             PLACES=places(s.heads, s.kv_heads), **sizes, **p.launch(4, 1),
         )  # fmt: skip
