@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ from cosyq.checkpoint.reader import (
 )
 from cosyq.errors import CheckpointError, DeviceError
 from cosyq.model.inventory import STAGES, Stage, inventory
-from cosyq.quantize.calibrated import Calibrated
+from cosyq.quantize.calibrated import Adjusted
 from cosyq.quantize.formats import Format
-from cosyq.quantize.pack import pack
+from cosyq.quantize.pack import pack, relative_error
 from cosyq.quantize.plan import Decision, make_plan
 from cosyq.recipe import Recipe, bundled_checkpoint
 from cosyq.voices.enrol import ENCODER_FILES, encoder_files
@@ -39,6 +38,7 @@ from cosyq.voices.entries import make, pin
 from cosyq.voices.voice import Voice
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+NOT_CALIBRATED = Adjusted()
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ def run(
     *,
     force: bool,
     progress: Progress,
-    calibrated: Mapping[str, Calibrated] = MappingProxyType({}),
+    calibrated: Adjusted = NOT_CALIBRATED,
 ) -> Manifest:
     """Pack everything on `device` and write the artifact.
 
     Args:
-        calibrated: weights that are packed already, by module; see `calibrate.run`.
+        calibrated: weights that are packed already, and other values for float parameters; see `calibrate.run`.
 
     Raises:
         CheckpointError: a weight is not finite, an encoder is not usable, or a file is not the pinned one.
@@ -143,7 +143,7 @@ def _write(
     device: torch.device,
     voices: list[tuple[str, Voice]],
     hashes: dict[str, Future[str]],
-    calibrated: Mapping[str, Calibrated],
+    calibrated: Adjusted,
     progress: Progress,
 ) -> Manifest:
     records: list[ModuleRecord] = []
@@ -158,7 +158,7 @@ def _write(
         with StageFileWriter(folder / name, tensors, metadata) as file:
             for decision in build.plan[stage]:
                 progress(decision.module.name, done, build.bytes)
-                records.append(_pack_module(decision, source, file, device, calibrated.get(decision.module.name)))
+                records.append(_pack_module(decision, source, file, device, calibrated))
                 done += decision.bytes
         files[name] = _record(folder / name, file.header_sha256)
     progress("hashing the source", done, build.bytes)
@@ -197,17 +197,23 @@ def _write(
 
 
 def _pack_module(
-    decision: Decision, source: StageTensors, file: StageFileWriter, device: torch.device, ready: Calibrated | None
+    decision: Decision, source: StageTensors, file: StageFileWriter, device: torch.device, calibrated: Adjusted
 ) -> ModuleRecord:
     module, error = decision.module, 0.0
+    ready = calibrated.packed.get(module.name)
     prefix = f"{module.path}." if module.path else ""
     for parameter in module.parameters:
         packable = parameter == "weight" and module.kind != "exact"
         if packable and ready is not None:
             _write_tensors(file, prefix, ready.tensors)
-            error = ready.error
+            error = max(error, ready.error)
             continue
         weight = source.read(module, parameter)
+        learned = calibrated.floats.get((module.name, parameter))
+        if learned is not None:
+            _write_tensors(file, prefix, {parameter: learned})
+            error = max(error, relative_error(learned - weight.float(), weight.float()))
+            continue
         try:
             packed, loss = pack(weight, decision.format if packable else Format("fp32"), device)
         except OverflowError as reason:

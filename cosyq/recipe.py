@@ -68,6 +68,18 @@ class Calibration(_Strict):
     sequences: Annotated[int, Field(ge=1, le=1024)]
 
 
+class Refinement(Calibration):
+    """And codes, norms and biases that are then learned, in so many passes over the utterances."""
+
+    refine: Annotated[int, Field(ge=1, le=16)] | None = None
+
+    @model_validator(mode="after")
+    def _something_to_judge_by(self) -> Refinement:
+        if self.refine is not None and self.sequences < 2:
+            raise ValueError("refine needs two sequences or more: what is learned on one is judged on another")
+        return self
+
+
 class _Calibrated(_Packable):
     calibrate: Calibration | None = None
 
@@ -79,7 +91,7 @@ class _Calibrated(_Packable):
 
 
 class LLMStage(_Calibrated):
-    pass
+    calibrate: Refinement | None = None
 
 
 class FlowStage(_Calibrated):
@@ -196,16 +208,17 @@ class Recipe(_Strict):
         """The recipe as it shapes the artifact's bytes: without the folders and addresses it happened to name.
 
         A voice counts by name, transcript and sha256, which `voices.entries.pin` fills in. A gate lets an artifact
-        through or not, and changes nothing in it. A stage that is not calibrated does not say so: recipes from before
-        there was such an option keep their digest.
+        through or not, and changes nothing in it. A stage that is not calibrated, or not refined, does not say so:
+        recipes from before there was such an option keep their digest.
         """
         not_in_bytes = dict.fromkeys(("output", "gate", "evaluate"), True)
         data = self.model_dump(
             exclude={**not_in_bytes, "source": {"path"}, "voices": {"__all__": {"file", "audio", "bundled"}}},
         )
         for stage in data["stages"].values():
-            if stage.get("calibrate", ...) is None:
-                del stage["calibrate"]
+            for options, key in ((stage, "calibrate"), (stage.get("calibrate") or {}, "refine")):
+                if options.get(key, ...) is None:
+                    del options[key]
         return data
 
     def digest(self) -> str:

@@ -23,7 +23,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """One module as it was packed; `rms_error` is |dequantized - source| / |source| of its weight.
+    """One module as it was packed; `rms_error` is |dequantized - source| / |source| of its weight,
+    or of a norm or bias that was learned, whichever is larger.
 
     weighted_error: the same of what the layer gives out on the inputs that it was calibrated on, where it was.
     """

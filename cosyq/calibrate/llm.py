@@ -30,12 +30,12 @@ def llm_moments(
         for index, item in enumerate(heard):
             progress("listening to the language model", index, len(heard))
             spoken = torch.tensor(item.spoken.tokens, device=llm.norm.weight.device)
-            logits = _logits(llm, _embeddings(llm, rows, item).requires_grad_(), item)
+            logits = next_logits(llm, sequence_embeddings(llm, rows, item).requires_grad_(), item)
             F.cross_entropy(logits[: len(spoken)], spoken, reduction="sum").backward()
     return moments
 
 
-def _embeddings(llm: LanguageModel, rows: Rows, item: Heard) -> Tensor:
+def sequence_embeddings(llm: LanguageModel, rows: Rows, item: Heard) -> Tensor:
     """All that the network is shown of an utterance, what it said included: [positions, hidden] float32."""
     device = llm.norm.weight.device
     shown = []
@@ -45,7 +45,7 @@ def _embeddings(llm: LanguageModel, rows: Rows, item: Heard) -> Tensor:
     return torch.cat(shown)
 
 
-def _logits(llm: LanguageModel, embeddings: Tensor, item: Heard) -> Tensor:
+def next_logits(llm: LanguageModel, embeddings: Tensor, item: Heard) -> Tensor:
     """The logits of every step, [ids + 1, speech_rows]; gradients flow, unlike through `LanguageModel.forward`, whose
     layers share one buffer of keys."""
     c, count = llm.config, len(embeddings)

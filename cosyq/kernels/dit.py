@@ -11,17 +11,23 @@ where what is kept of them begins, of the type of the rows: the last rows that e
 taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads * d]. Its own rows see all of that.
 
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
+
+Under programmatic dependent launch (`PDL`) a kernel starts while the one before it ends: what that one wrote is read
+after `_wait`, and `_let_next_start` comes after it, so that whatever came before the one before is over for the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from cosyq.kernels.packed import INT8_STEP
 
@@ -41,30 +47,63 @@ def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Ten
     return torch.tensor(table + [(0, 0, 0, 1)] * (tiles - len(table)), dtype=torch.int32)
 
 
+@cache
+def _overlapping(device: torch.device) -> dict[str, Any]:
+    """How to launch a kernel so that it starts while the one before it ends, where the device can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
 @triton.jit
-def _unpack_rows(codes, scales, out, pieces, RUN: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr):
+def _wait(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def _let_next_start(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _end_behind(PDL: tl.constexpr):
+    """For a kernel that reads nothing of the one before it: it does not end before that one."""
+    if tl.program_id(0) == 0:
+        _wait(PDL)
+
+
+@triton.jit
+def _unpack_rows(
+    codes, scales, out, pieces, RUN: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr
+):
     piece = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     there = piece < pieces
     scale = tl.load(scales + piece * PIECE // RUN, mask=there, other=0.0)[:, None]
     at = piece[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
     code = tl.load(codes + at, mask=there[:, None], other=0, eviction_policy="evict_first").to(tl.float32)
     tl.store(out + at, (code * scale * INT8_STEP).to(out.dtype.element_ty), mask=there[:, None])
+    _end_behind(PDL)
 
 
 def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
-    """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type."""
+    """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type.
+
+    Does not wait for the kernel before it, which must neither write the codes nor read `out`.
+    """
     run = codes.numel() // scales.numel()
     piece = min(run & -run, 4096)  # a power of two, with one scale
     pieces, count = codes.numel() // piece, 4096 // piece
     _unpack_rows[(triton.cdiv(pieces, count),)](
-        codes, scales, out, pieces, RUN=run, PIECE=piece, COUNT=count, num_warps=4
+        codes, scales, out, pieces, RUN=run, PIECE=piece, COUNT=count, num_warps=4, **_overlapping(out.device)
     )
 
 
 @triton.jit
 def _unpack_blocks(
     codes, scales, code, groups, levels, out, blocks,
-    NESTED: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr,
+    NESTED: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     there = block < blocks
@@ -78,6 +117,7 @@ def _unpack_blocks(
     high, low = tl.load(levels + (pair >> 4)), tl.load(levels + (pair & 15))
     values = tl.interleave(high * scale[:, None], low * scale[:, None]).to(out.dtype.element_ty)
     tl.store(out + block[:, None] * RUN + tl.arange(0, RUN)[None, :], values, mask=there[:, None])
+    _end_behind(PDL)
 
 
 def unpack_blocks(
@@ -86,7 +126,7 @@ def unpack_blocks(
     """4-bit codes, two a byte [n / 2], of equal blocks, and their sixteen levels, float32, to out [n] in its type.
 
     scales: the blocks' absmax, float32; under double quantization uint8 codes of it, and `nested` is the values of
-    those, float32 [256], and scale and offset of every 256 blocks, float32 [groups, 2].
+    those, float32 [256], and scale and offset of every 256 blocks, float32 [groups, 2]. Does not wait either.
     """
     blocks, run = scales.numel(), 2 * codes.numel() // scales.numel()
     code, groups = nested if nested is not None else (levels, levels)
@@ -94,6 +134,7 @@ def unpack_blocks(
     _unpack_blocks[(triton.cdiv(blocks, count),)](
         codes, scales, code, groups, levels, out, blocks,
         NESTED=NESTED_BLOCKSIZE if nested is not None else 0, RUN=run, COUNT=count, num_warps=4,
+        **_overlapping(out.device),
     )  # fmt: skip
 
 
@@ -108,11 +149,13 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
 @triton.jit
 def _add_norm(
     residual, y, gate, scale, shift, out,
-    ADD: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
+    ADD: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, SIZE)[None, :]
     there = at < DIM
     place = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64) * DIM + at
+    _wait(PDL)
+    _let_next_start(PDL)
     x = tl.load(residual + place, mask=there, other=0.0)
     if ADD:
         x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
@@ -128,31 +171,38 @@ def add_norm(
 ) -> None:
     """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm.
 
-    The number of rows is a multiple of 4.
+    The number of rows is even.
     """
     rows, dim = residual.shape
     gate, y = added if added is not None else (scale, residual)
-    _add_norm[(rows // 4,)](
+    _add_norm[(rows // 2,)](
         residual, y, gate, scale, shift, out,
-        ADD=added is not None, EPS=eps, DIM=dim, ROWS=4, SIZE=triton.next_power_of_2(dim), num_warps=4,
+        ADD=added is not None, EPS=eps, DIM=dim, ROWS=2, SIZE=triton.next_power_of_2(dim), num_warps=4,
+        **_overlapping(out.device),
     )  # fmt: skip
 
 
 @triton.jit
-def _rotate(qkv, cos, sin, tiles, pasts, half, INNER: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr):
-    tile = tiles + tl.program_id(0) * 4
+def _rotate(
+    qkv, cos, sin, tiles, pasts, half,
+    INNER: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    part: tl.constexpr = TILE // ROWS
+    index = tl.program_id(0) // part
+    tile = tiles + index * 4
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    start -= tl.load(pasts + tl.program_id(0) * 2).to(tl.int32)
+    start -= tl.load(pasts + index * 2).to(tl.int32)
     branch = tl.program_id(2).to(tl.int64) * half
-    rows = (first + tl.arange(0, TILE))[:, None]
-    pair = tl.arange(0, D // 2)[None, :]
+    rows = (first + tl.program_id(0) % part * ROWS + tl.arange(0, ROWS))[:, None]
     live = rows < end
-    place = (rows - start) * (D // 2) + pair
-    c, s = tl.load(cos + place, mask=live), tl.load(sin + place, mask=live)
-    at = qkv + (branch + rows) * (3 * INNER) + tl.program_id(1) * INNER + 2 * pair
-    even, odd = tl.load(at, mask=live).to(tl.float32), tl.load(at + 1, mask=live).to(tl.float32)
-    tl.store(at, (even * c - odd * s).to(qkv.dtype.element_ty), mask=live)
-    tl.store(at + 1, (odd * c + even * s).to(qkv.dtype.element_ty), mask=live)
+    place = (rows - start) * (D // 2) + tl.arange(0, D // 2)[None, :]
+    c, s = tl.load(cos + place, mask=live, other=0.0), tl.load(sin + place, mask=live, other=0.0)
+    _wait(PDL)
+    _let_next_start(PDL)
+    at = qkv + (branch + rows) * (3 * INNER) + tl.program_id(1) * INNER + tl.arange(0, D)[None, :]
+    even, odd = tl.split(tl.load(at, mask=live, other=0.0).to(tl.float32).reshape(ROWS, D // 2, 2))
+    turned = tl.interleave(even * c - odd * s, odd * c + even * s)
+    tl.store(at, turned.to(qkv.dtype.element_ty), mask=live)
 
 
 def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Tensor) -> None:
@@ -161,8 +211,11 @@ def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Tenso
     qkv [rows, 3 * heads * d]; `rope` is cosines and sines of interleaved pairs, [positions, d / 2] float32.
     """
     rows, width = qkv.shape
-    d = 2 * rope[0].shape[1]
-    _rotate[(tiles.shape[0], 2, 2)](qkv, *rope, tiles, pasts, rows // 2, INNER=width // 3, D=d, TILE=TILE, num_warps=4)
+    d, part = 2 * rope[0].shape[1], 16
+    _rotate[(tiles.shape[0] * (TILE // part), 2, 2)](
+        qkv, *rope, tiles, pasts, rows // 2,
+        INNER=width // 3, D=d, TILE=TILE, ROWS=part, num_warps=4, **_overlapping(qkv.device),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -206,6 +259,7 @@ def _attend_keys(
 def _attend(
     qkv, out, tiles, pasts, layer, half, scale,
     TAILS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 4
     first, start, end, block = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -219,6 +273,8 @@ def _attend(
         rows = first + tl.arange(0, TILE)
         channel = tl.arange(0, D)
         live = (rows < end)[:, None]
+        _wait(PDL)
+        _let_next_start(PDL)
         q = tl.load(queries + rows[:, None] * stride + channel[None, :], mask=live, other=0.0)
         # A row sees to the end of its block: the tile's first row what all rows see, its last one the most.
         limit = tl.minimum(end, start + ((rows - start) // block + 1) * block)
@@ -251,7 +307,7 @@ def attend(qkv: Tensor, tiles: Tensor, pasts: Tensor, out: Tensor, *, layer: int
     d = inner // heads
     _attend[(tiles.shape[0], heads, 2)](
         qkv, out, tiles, pasts, layer, rows // 2, LOG2_E / d**0.5,
-        TAILS=tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3,
+        TAILS=tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3, **_overlapping(qkv.device),
     )  # fmt: skip
 
 

@@ -97,10 +97,14 @@ class Flow(nn.Module):
         """What the estimator is told of every frame, [frames, mel + token + mel] float32; arguments as in `forward`."""
         embedded = self.token_embedding(tokens).float().unsqueeze(0)
         mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
-        dtype = self.token_encoder.conv1.weight.dtype  # the projection may be packed, and have none
-        voice = self.speaker_proj(F.normalize(speaker.float(), dim=0).to(dtype)).float()
+        voice = self.voice(speaker)
         prompt = F.pad(prompt_mel, (0, 0, 0, mu.shape[0] - prompt_mel.shape[0]))
         return torch.cat([prompt, mu, voice.expand(mu.shape[0], -1)], dim=-1)
+
+    def voice(self, speaker: Tensor) -> Tensor:
+        """What the estimator is told of a speaker, [mel] float32."""
+        dtype = self.token_encoder.conv1.weight.dtype  # the projection may be packed, and have none
+        return self.speaker_proj(F.normalize(speaker.float(), dim=0).to(dtype)).float()
 
     def forward(
         self,

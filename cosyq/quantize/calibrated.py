@@ -13,7 +13,7 @@ Rows do not know of each other: a column of all of them is rounded at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ class Calibrated:
     plain: float
 
 
+@dataclass(frozen=True)
+class Adjusted:
+    """What calibration made of a checkpoint's parameters.
+
+    packed: weights, by module name.
+    floats: learned float32 tensors on the host, by the names of module and parameter.
+    """
+
+    packed: dict[str, Calibrated] = field(default_factory=dict)
+    floats: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+
 def pack_calibrated(weight: Tensor, moment: Tensor, fmt: Format, device: torch.device) -> Calibrated:
     """Pack `weight` [out, in] (any float dtype) on `device` for inputs with the second moment `moment` [in, in].
 
@@ -54,17 +66,28 @@ def pack_calibrated(weight: Tensor, moment: Tensor, fmt: Format, device: torch.d
     """
     plain, plain_error = pack(weight, fmt, device)
     seen = _checked(moment, weight.shape[1]).to(device)
-    damped = seen + torch.eye(len(seen), device=device) * (seen.diagonal().mean() * DAMPING)
+    expected = damped(seen)
     source = weight.to(device).float()
-    grid = _grid(source, damped, fmt, {name: tensor.to(device) for name, tensor in plain.items()})
-    cells, absmax = _swept(source, damped, grid, *_gptq(source, damped, grid))
+    grid = _grid(source, expected, fmt, {name: tensor.to(device) for name, tensor in plain.items()})
+    cells, absmax = _swept(source, expected, grid, *_gptq(source, expected, grid))
     packed = {name: tensor.cpu() for name, tensor in grid.stored(cells, absmax).items()}
     before = weighted_error(plain, weight, moment, fmt, device)
-    after = weighted_error(packed, weight, moment, fmt, device)
-    if not after < before:
-        return Calibrated(plain, plain_error, before, before)
-    error = relative_error(dequantize(fmt, packed, tuple(weight.shape)).to(device) - source, source)
-    return Calibrated(packed, error, after, before)
+    made = judged(packed, weight, moment, fmt, device, plain=before)
+    return made if made.weighted < before else Calibrated(plain, plain_error, before, before)
+
+
+def judged(
+    tensors: dict[str, Tensor], weight: Tensor, moment: Tensor, fmt: Format, device: torch.device, *, plain: float
+) -> Calibrated:
+    """Packed tensors with the errors that they make; `plain` is plain packing's."""
+    source = weight.to(device).float()
+    error = relative_error(dequantize(fmt, tensors, tuple(weight.shape)).to(device) - source, source)
+    return Calibrated(tensors, error, weighted_error(tensors, weight, moment, fmt, device), plain)
+
+
+def damped(moment: Tensor) -> Tensor:
+    """The second moment [in, in] to reckon with, of one that was seen."""
+    return moment + torch.eye(len(moment), device=moment.device) * (moment.diagonal().mean() * DAMPING)
 
 
 def weighted_error(

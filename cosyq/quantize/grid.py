@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cosyq.quantize.formats import INT8_STEP, NESTED_BLOCKSIZE, Format, decode_offset, state_key
+from cosyq.quantize.formats import INT8_STEP, NESTED_BLOCKSIZE, Format, block_scales, decode_offset, state_key
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,19 @@ class Grid:
             offset = decode_offset(fmt, shape, tensors[state_key(fmt)])
             nested = _Nested(values, places.to(torch.uint8), scales.view(out, blocks), offset)
         return cls(fmt, shape, tensors, levels, order.to(torch.uint8), fmt.blocksize, nested)
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """What the tensors hold, as `stored` takes it: cells [out, in] and absmax [out, blocks]."""
+        tensors = self.tensors
+        if self.format.name == "int8":
+            return tensors["weight"].long() - int(self.codes[0]), tensors["SCB"][:, None]
+        pairs = tensors["weight"].long()
+        codes = torch.cat([pairs >> 4, pairs & 15], dim=1).view(self.shape)
+        nested = None
+        if self.nested is not None:
+            nested = (tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"], self.nested.offset)
+        absmax = block_scales(tensors["weight.absmax"], nested)
+        return self.codes.argsort()[codes], absmax.view(self.shape[0], -1)
 
     def nearest(self, wanted: Tensor, absmax: Tensor) -> Tensor:
         """The cells nearest to what is wanted beside these absmax, broadcast."""

@@ -110,8 +110,9 @@ class Engine(Protocol):
     def frames(self, chunk: Chunk) -> int:
         """How many the flow computes for a chunk: its own, and of the prompt those that are not kept."""
 
-    def keep_prompts(self, room: int) -> None:
-        """Keep what the flow needs of the prompts of voices that come again, in at most `room` bytes."""
+    def prepare(self, room: int) -> None:
+        """Get ready to speak to many, in at most `room` bytes: weights of the flow that are unpacked, what it needs of
+        the prompts of voices that come again, and what is made once for each length of a chunk."""
 
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
         """The next samples of an utterance for its next frames [mel, t]: [n] float32 on the host."""
@@ -185,8 +186,8 @@ class TorchEngine:
     def frames(self, chunk: Chunk) -> int:
         return self.config.flow.token_mel_ratio * (chunk.voice.prompt_tokens.numel() + len(chunk.tokens))
 
-    def keep_prompts(self, room: int) -> None:
-        """Nothing is kept."""
+    def prepare(self, room: int) -> None:
+        """There is nothing to make ready."""
 
     def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
         return render(self.vocoder, mel, state, final=final, between=between)

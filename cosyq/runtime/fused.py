@@ -43,8 +43,9 @@ class FusedEngine(TorchEngine):
         self._alone: FusedDecoder | None = None
         self._pasts = Pasts()
 
-    def keep_prompts(self, room: int) -> None:
-        self._pasts.room = room
+    def prepare(self, room: int) -> None:
+        self._pasts.room = room - self._solver.unpack(room // 2)
+        self._solver.prepare(self.flow_frames)
 
     def speech_tokens(
         self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator

@@ -3,13 +3,15 @@
 A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
 evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that. One
 evaluation is a CUDA graph, captured while the first of its length runs, so that even a first utterance gains by it.
-What changes from step to step, the timestep's modulation and size, is copied in before each replay.
+What changes from step to step, the timestep's modulation and size, is copied in before each replay. What comes before
+the first step is a graph too: launched one by one, its kernels would take as long as a step of a short utterance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 from typing import Any
 
@@ -23,9 +25,13 @@ from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
 
-BUCKET = 32  # frames; lengths are rounded up to share graphs
+BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
+FINE = 768  # beyond so many, twice that
+TOKENS = 32  # likewise, before the first step
+MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
-GRAPHS = 64  # kept at most
+GRAPHS = 128  # kept at most
+MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
 _Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
@@ -59,9 +65,10 @@ class FusedFlow:
         self._frequencies = estimator.rope_frequencies.data.float()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
         self._convolutions = _convolutions(estimator.conv_pos)
-        sizes = _block_sizes(self.config)
         packed = any(isinstance(layer, DequantLinear) for layer in estimator.blocks.modules())
-        scratch = torch.empty(sum(sizes) if packed else 0, dtype=self.dtype, device=self.device)
+        scratch = torch.empty(
+            max(p.stop for p in _places(self.config)) if packed else 0, dtype=self.dtype, device=self.device
+        )
         self._blocks: list[_Block] = []
         for index in range(self.config.depth):  # one by one, so that only one is there twice
             self._blocks.append(_Block.of(estimator.blocks[index], self.config, scratch))
@@ -69,7 +76,7 @@ class FusedFlow:
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
         self._room: _Room | None = None
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         # What is captured cannot be on the default stream.
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -101,25 +108,29 @@ class FusedFlow:
             ValueError: one is longer than the noise.
         """
         table = self._tables[steps]
-        told = [self._front.condition(u.tokens, u.speaker, u.prompt_mel, final=u.final) for u in utterances]
-        longest = max(map(len, told))
+        ratio, ahead = self.config.token_mel_ratio, self.config.lookahead
+        ends = [ratio * (len(u.tokens) - (0 if u.final else ahead)) for u in utterances]
+        longest = max(ends)
         if longest > noise.shape[0]:
             raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
-        given = [t[u.past_frames :] for t, u in zip(told, utterances, strict=True)]
-        lengths = [len(g) for g in given]
-        half = -(-sum(lengths) // BUCKET) * BUCKET
-        tiles = half // kernels.TILE + len(utterances)
+        lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
+        half = _padded(sum(lengths))
+        tiles = _tiles(half, len(utterances))
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         view = self._view(half, tiles, longest)
         view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
         pasts = _past_table([u.past for u in utterances], lengths, tiles, steps).to(self.device)
-        starts = [noise[u.past_frames : len(t)] for t, u in zip(told, utterances, strict=True)]
-        view.begin(torch.cat(given), torch.cat(starts))
+        first = 0
+        view.clear()
+        for u, start, length in zip(utterances, (u.past_frames for u in utterances), lengths, strict=True):
+            told = self._told(u.tokens, u.speaker)
+            view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
+            first += length
         for row, past in zip(table, pasts, strict=True):
             between()
             self._row.copy_(row)
             view.pasts.copy_(past)
-            self._advance(view, (half, tiles))
+            self._launch(lambda: self._step(view), (half, tiles))
         found = view.x[: sum(lengths)].split(lengths)
         return [x[len(u.prompt_mel) - u.past_frames :].T.clone() for x, u in zip(found, utterances, strict=True)]
 
@@ -129,14 +140,14 @@ class FusedFlow:
 
         The last `lookahead` of the tokens are only looked at.
         """
-        given = self._front.condition(tokens, speaker, prompt_mel, final=False)
-        frames = len(given)
-        half = -(-frames // BUCKET) * BUCKET
-        tiles = half // kernels.TILE + 1
+        frames = self.config.token_mel_ratio * (len(tokens) - self.config.lookahead)
+        half = _padded(frames)
+        tiles = _tiles(half, 1)
         view = self._view(half, tiles, frames)
         view.tiles.copy_(kernels.tile_table([frames], [self.config.chunk_frames], tiles))
         view.pasts.zero_()
-        view.begin(given, noise[:frames])
+        view.clear()
+        view.begin(0, slice(0, frames), noise, prompt_mel, self._told(tokens, speaker))
         past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
         now = Past.empty(self.config, frames, 1, dtype=self.dtype, device=self.device)
         keep = now.tails(self.config, 0), now.keys_and_values(self.config, 0)
@@ -146,11 +157,42 @@ class FusedFlow:
             if graph is not None:
                 graph.replay()
             elif self._stream is not None:
-                graph = self._step_and_capture(view, self._stream, keep)
+                graph = self._do_and_capture(lambda: self._step(view, keep), self._stream)
             else:
                 self._step(view, keep)
             past.memory[step].copy_(now.memory[0])
         return past
+
+    def unpack(self, room: int) -> int:
+        """Unpack the weights for good, if they fit `room` bytes; returns the bytes taken. The mel is the same."""
+        sizes = [m.numel() * m.itemsize for block in self._blocks if block.packed for m in block.matrices]
+        if not sizes or sum(sizes) > room:
+            return 0
+        self._forget(len(self._graphs))
+        for index, block in enumerate(self._blocks):  # one by one, so that only one is there twice
+            self._blocks[index] = block.unpacked()
+        return sum(sizes)
+
+    @torch.inference_mode()
+    def prepare(self, frames: int) -> None:
+        """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
+
+        There is room for longer ones, which would move what was captured, up to twice that.
+        """
+        if self._stream is None:
+            return
+        most = 2 * _padded(frames)
+        self._view(most, _tiles(most, MANY_BESIDE), self.config.noise_frames)
+        for count in range(TOKENS, MANY + 1, TOKENS):
+            self._told(torch.zeros(count, dtype=torch.int64), torch.ones(self.config.speaker_dim))
+        for half in sorted({_padded(length) for length in range(1, frames + 1)}):
+            for utterances in (1, MANY_BESIDE):
+                tiles = _tiles(half, utterances)
+                view = self._view(half, tiles, half)
+                view.tiles.zero_()
+                view.clear()
+                self._row.zero_()
+                self._launch(partial(self._step, view), (half, tiles))
 
     def _view(self, half: int, tiles: int, positions: int) -> _View:
         room = self._room
@@ -163,30 +205,49 @@ class FusedFlow:
             self._room = room = _Room(self.config, frames, count, places, self._frequencies, self.dtype)
         return room.view(half, tiles)
 
-    def _advance(self, view: _View, key: tuple[int, int]) -> None:
-        """One Euler step."""
+    def _told(self, tokens: Tensor, speaker: Tensor) -> _Told:
+        """What the front makes of an utterance; valid until the next one's."""
+        assert self._room is not None
+        count = -(-len(tokens) // TOKENS) * TOKENS
+        told = self._room.told(count)
+        told.tokens[: len(tokens)] = tokens
+        told.tokens[len(tokens) :] = -1
+        told.speaker.copy_(speaker)
+        if count > MANY:
+            self._encode(told)
+        else:
+            self._launch(lambda: self._encode(told), ("front", count))
+        return told
+
+    def _encode(self, told: _Told) -> None:
+        front, there = self._front, (told.tokens >= 0)[:, None]
+        embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
+        encoded = front.token_encoder(embedded[None], True)[0]  # zeros follow the last token, one way or the other
+        told.encoded.copy_(encoded.repeat_interleave(self.config.token_mel_ratio, dim=0))
+        told.voice.copy_(front.voice(told.speaker))
+
+    def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
+        """Do it, as a graph if it was done before."""
         if self._stream is None:
-            self._step(view)
+            work()
         elif key in self._graphs:
             self._graphs[key].replay()
         else:
             if len(self._graphs) == GRAPHS:
                 self._forget(GRAPHS // 2)
-            self._graphs[key] = self._step_and_capture(view, self._stream)
+            self._graphs[key] = self._do_and_capture(work, self._stream)
 
-    def _step_and_capture(
-        self, view: _View, stream: torch.cuda.Stream, keep: _Keep | None = None
-    ) -> torch.cuda.CUDAGraph:
-        """Launch a step behind what the current stream holds, and capture another one meanwhile."""
+    def _do_and_capture(self, work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """Launch work behind what the current stream holds, and capture it once more meanwhile."""
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # for cuBLAS; graphs take turns
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._step(view, keep)
+            work()
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
-                self._step(view, keep)
+                work()
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -218,12 +279,13 @@ class FusedFlow:
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
-            block.unpack()
+            block.unpack("attention")
             _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
             kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
             if keep is not None:
                 keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
             kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
+            block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
             kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
@@ -251,15 +313,30 @@ class _View:
     tiles: Tensor
     pasts: Tensor
 
-    def begin(self, condition: Tensor, noise: Tensor) -> None:
-        """Enter condition [frames, ...] and noise [frames, mel] of all utterances."""
-        frames, mel = noise.shape
-        half = len(self.x)
-        self.x[:frames] = noise
-        self.given[:frames, :mel] = noise
-        self.given[:frames, mel:] = condition
-        self.given[half : half + frames, :mel] = noise
-        self.given[half : half + frames, mel:] = 0
+    def clear(self) -> None:
+        """No condition."""
+        self.given[:, self.x.shape[1] :] = 0
+
+    def begin(self, first: int, frames: slice, noise: Tensor, prompt: Tensor, told: _Told) -> None:
+        """Enter some frames of an utterance, from row `first`: their noise, and their condition where there is none."""
+        mel, rows = self.x.shape[1], slice(first, first + frames.stop - frames.start)
+        self.x[rows] = noise[frames]
+        both = self.given.view(2, len(self.x), -1)
+        both[:, rows, :mel] = noise[frames]
+        condition = both[0, rows, mel:]
+        condition[: max(len(prompt) - frames.start, 0), :mel] = prompt[frames]
+        condition[:, mel:-mel] = told.encoded[frames]
+        condition[:, -mel:] = told.voice
+
+
+@dataclass(frozen=True)
+class _Told:
+    """An utterance's tokens and speaker, and what the estimator is told of them, float32."""
+
+    tokens: Tensor  # [n] int64, -1 after the last
+    speaker: Tensor  # [speaker_dim]
+    encoded: Tensor  # [n * token_mel_ratio, token_dim]
+    voice: Tensor  # [mel]
 
 
 class _Room:
@@ -285,8 +362,16 @@ class _Room:
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
         self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
+        tokens = -(-(positions // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
+        self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
+        self._encoded = torch.zeros(tokens * c.token_mel_ratio, c.token_dim, device=device)
+        self._speaker, self._voice = (torch.zeros(n, device=device) for n in (c.speaker_dim, c.mel_dim))
         angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
+
+    def told(self, count: int) -> _Told:
+        encoded = self._encoded[: count * self.config.token_mel_ratio]
+        return _Told(self._tokens[:count], self._speaker, encoded, self._voice)
 
     def view(self, half: int, tiles: int) -> _View:
         rows, c = 2 * half, self.config
@@ -384,12 +469,12 @@ class _Block:
     out_bias: Tensor
     up_bias: Tensor
     down_bias: Tensor
-    parts: tuple[_Part, ...]
+    parts: dict[str, tuple[_Part, ...]]
 
     @classmethod
     def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> _Block:
         a, f = block.attn, block.ff
-        places = scratch.split(_block_sizes(config)) if scratch.numel() else [scratch] * 4
+        places = [scratch[place] for place in _places(config)]
         groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
         found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
         qkv, out, up, down = (matrix for matrix, _ in found)
@@ -402,21 +487,51 @@ class _Block:
             a.to_out.bias,
             f.up.bias,
             f.down.bias,
-            _merged([part for _, parts in found for part in parts]),
+            {
+                name: _merged([part for _, parts in pair for part in parts])
+                for name, pair in (("attention", found[:2]), ("feed-forward", found[2:]))
+            },
         )
 
-    def unpack(self) -> None:
-        for source, place in self.parts:
+    @property
+    def packed(self) -> bool:
+        return any(self.parts.values())
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.qkv, self.out, self.up, self.down
+
+    def unpacked(self) -> _Block:
+        """The same, all matrices its own."""
+        self.unpack("attention")
+        qkv, out = self.qkv.clone(), self.out.clone()
+        self.unpack("feed-forward")
+        return replace(
+            self, qkv=qkv, out=out, up=self.up.clone(), down=self.down.clone(), parts=dict.fromkeys(self.parts, ())
+        )
+
+    def unpack(self, half: str) -> None:
+        for source, place in self.parts[half]:
             if isinstance(source, _Packed):
                 source.unpack(place)
             else:
                 place.copy_(source)
 
 
-def _block_sizes(c: FlowConfig) -> list[int]:
-    """Numbers in a block's matrices: queries, keys and values together, out, up, down."""
+def _places(c: FlowConfig) -> list[slice]:
+    """Where a block's matrices are in the scratch: queries, keys and values together, out, up, down.
+
+    The last two may begin where the first was: they are unpacked after its product.
+    """
     inner = c.heads * c.head_dim
-    return [3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim]
+    qkv, out, up, down = 3 * inner * c.dim, inner * c.dim, c.ff_dim * c.dim, c.dim * c.ff_dim
+    start = max(up + down - qkv, 0)
+    return [
+        slice(start, start + qkv),
+        slice(start + qkv, start + qkv + out),
+        slice(0, up),
+        slice(up, up + down),
+    ]
 
 
 def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:
@@ -461,6 +576,18 @@ def _convolutions(conv: Any) -> list[tuple[Tensor, Tensor]]:
         weight = layer.weight.data.view(layer.groups, out // layer.groups, width, taps)
         found.append((weight.permute(0, 3, 2, 1).contiguous(), layer.bias.data))
     return found
+
+
+def _padded(frames: int) -> int:
+    """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
+    step = BUCKET if frames <= FINE else 2 * BUCKET
+    return -(-frames // step) * step
+
+
+def _tiles(half: int, utterances: int) -> int:
+    """At least as many as so many utterances have, the last of each perhaps not full."""
+    spare = 1 if utterances == 1 else max(MANY_BESIDE, 1 << (utterances - 1).bit_length())
+    return half // kernels.TILE + spare
 
 
 def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int, steps: int) -> Tensor:

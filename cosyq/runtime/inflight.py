@@ -36,7 +36,7 @@ from cosyq.runtime.synthesizer import Synthesizer
 
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
-PROMPTS = 0.1  # of it, for what the flow keeps of voices' prompts
+SPARE = 0.1  # of it, for what an engine makes ready
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
@@ -57,8 +57,6 @@ class InFlight:
         self.tts, self.rows = tts, rows
         self._on_fatal = on_fatal
         self._decoder = tts.engine.decoder(rows, positions=POSITIONS, room=ROOM)
-        if tts.engine.device.type == "cuda":
-            tts.engine.keep_prompts(int(PROMPTS * torch.cuda.mem_get_info(tts.engine.device)[0]))
         self._waiting: deque[Flight] = deque()
         self._active: list[Flight] = []
         self._held = 0  # ids of a row since a render
@@ -137,6 +135,11 @@ class InFlight:
     # ---- the engine's thread
 
     def _run(self) -> None:
+        if self.tts.engine.device.type == "cuda":
+            try:
+                self.tts.engine.prepare(int(SPARE * torch.cuda.mem_get_info(self.tts.engine.device)[0]))
+            except Exception as error:
+                self._explain(error)
         while not self._closed:
             while not self._closed and self._turn():
                 pass
@@ -210,7 +213,8 @@ class InFlight:
         if part.maximum <= line.count:
             return True
         embed, bounds = self.tts.engine.embed, {"minimum": part.minimum, "maximum": part.maximum}
-        shown = torch.cat([embed(text, speech) for text, speech in line.shown]).unsqueeze(0)
+        with self._decoder.aside():
+            shown = torch.cat([embed(text, speech) for text, speech in line.shown]).unsqueeze(0)
         if flight.row is None:
             flight.row = self._decoder.join(shown, **bounds, generator=line.generator, room=line.room)
         else:

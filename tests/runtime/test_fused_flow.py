@@ -133,6 +133,19 @@ def test_prompts_are_kept_from_the_second_time_on_as_far_as_there_is_room():
     assert made == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("formats", [(INT8,), MIXED], ids=["int8", "mixed"])
+def test_weights_unpacked_once_are_the_same(formats):
+    fused = FusedFlow(network(*formats))
+    expected = called(fused, STREAMED)
+    size = sum(layer.numel() * 4 for layer in network(None).estimator.blocks.parameters() if layer.dim() == 2)
+    assert fused.unpack(size - 1) == 0
+    assert any(block.packed for block in fused._blocks)
+    assert fused.unpack(size) == size
+    assert not any(block.packed for block in fused._blocks)
+    assert torch.equal(called(fused, STREAMED), expected)
+    assert fused.unpack(size) == 0
+
+
 def test_room_grows_with_what_is_asked_for(monkeypatch):
     monkeypatch.setattr("cosyq.runtime.fused_flow.ROOM", 32)
     plain, fused = network(None), FusedFlow(network(None))

@@ -27,7 +27,7 @@ class Slowed:
         self._engine, self.name, self.config, self.device = engine, engine.name, engine.config, engine.device
         self.embed, self.speech_tokens, self.samples = engine.embed, engine.speech_tokens, engine.samples
         self.weights, self.flow_frames, self.growth = engine.weights, engine.flow_frames, engine.growth
-        self.frames, self.keep_prompts = engine.frames, engine.keep_prompts
+        self.frames, self.prepare = engine.frames, engine.prepare
         self.delay, self.errors, self.done = 0.0, {}, []
         self.steps, self.poison, self.during = 0, None, []
 

@@ -28,7 +28,7 @@ class Slowed:
         self.config, self.device = engine.config, engine.device
         self.embed, self.mels, self.samples = engine.embed, engine.mels, engine.samples
         self.flow_frames, self.growth = 0, engine.growth
-        self.frames, self.keep_prompts = engine.frames, engine.keep_prompts
+        self.frames, self.prepare = engine.frames, engine.prepare
         self.delay, self.error, self.endless, self.steps = 0.0, None, False, 0
 
     def decoder(self, rows, **bounds):
