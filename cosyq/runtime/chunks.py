@@ -18,37 +18,35 @@ class Chunk:
 
     table: int32 [4, size]. Of each row its position, -1 where it is nobody's; its utterance; its place among all
     positions that were given; and in the last line, one after the other, the rows that end a prompt.
-    rows: how many are in use; reach: one more than the largest position; ended: the prompts that end here.
+    rows: how many are in use; ended: the prompts that end here.
     """
 
     table: Tensor
     rows: int
-    reach: int
     ended: range
 
 
 def chunks(prompts: Sequence[tuple[int, int, int]], *, size: int, tile: int) -> Iterator[Chunk]:
     """Lay out prompts (utterance, positions before, positions), in order, in chunks of `size` rows, whole tiles."""
-    table, used, reach, given, ended = _empty(size), 0, 0, 0, range(0)
+    table, used, given, ended = _empty(size), 0, 0, range(0)
     for index, (utterance, past, count) in enumerate(prompts):
         done = 0
         while done < count:
             if used == size:
-                yield Chunk(table, used, reach, ended)
-                table, used, reach, ended = _empty(size), 0, 0, range(index, index)
+                yield Chunk(table, used, ended)
+                table, used, ended = _empty(size), 0, range(index, index)
             part = min(count - done, size - used)
             end = used + -(-part // tile) * tile
             table[0, used : used + part] = torch.arange(past + done, past + done + part)
             table[1, used:end] = utterance
             table[2, used : used + part] = torch.arange(given + done, given + done + part)
             done += part
-            reach = max(reach, past + done)
             if done == count:
                 table[3, len(ended)] = used + part - 1
                 ended = range(ended.start, index + 1)
             used = end
         given += count
-    yield Chunk(table, used, reach, ended)
+    yield Chunk(table, used, ended)
 
 
 def _empty(size: int) -> Tensor:

@@ -209,14 +209,14 @@ class FusedForward:
             self._table.copy_(sent(chunk.table, self.device))
             rows = next(size for size in SIZES if size >= chunk.rows)
             torch.index_select(given, 0, self._table[2, :rows], out=self._prompt.x[:rows])
-            pages, ends = self.pages_for(chunk.reach), -(-len(chunk.ended) // TOGETHER) * TOGETHER
-            self.recorded.run(("prompts", rows, pages, ends), partial(self._show, rows, pages, ends))
+            ends = -(-len(chunk.ended) // TOGETHER) * TOGETHER
+            self.recorded.run(("prompts", rows, ends), partial(self._show, rows, ends))
             logits[chunk.ended.start : chunk.ended.stop] = self._prompt_logits[: len(chunk.ended)]
         return logits
 
-    def _show(self, rows: int, pages: int, ends: int) -> None:
+    def _show(self, rows: int, ends: int) -> None:
         """The first rows of `_prompt`, and the logits behind those that end a prompt."""
-        p = self._pass(rows, pages, together=True)
+        p = Pass(rows, 0, True, self._shape, self.lm.pdl)
         self._run_rows(self._prompt, p)
         if ends:
             kernels.run_head(self.lm.head, self._table[3], self._prompt_logits[:ends], self._prompt, p)
@@ -240,12 +240,9 @@ class FusedForward:
                 step.run_layer(layer, keys, values, b, geometry)
             step.run_head(lm.norm, lm.head, logits, b, geometry)
             return
-        p = self._pass(rows, pages, together=False)
+        p = Pass(rows, pages, False, self._shape, lm.pdl)
         self._run_rows(self._batch, p)
         kernels.run_head(lm.head, self._batch.owners, logits[:rows], self._batch, p)
-
-    def _pass(self, rows: int, pages: int, *, together: bool) -> Pass:
-        return Pass(rows, pages, together, self._shape, self.lm.pdl)
 
     def _run_rows(self, b: Rows, p: Pass) -> None:
         """The first rows of b.x after all layers, in place, and what the last norm needs."""

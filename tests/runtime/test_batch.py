@@ -208,22 +208,21 @@ def test_what_was_drawn_before_a_row_changed_hands_is_not_the_newcomers(engine):
 
 
 def test_prompts_wait_for_the_next_step_and_run_together(engine, monkeypatch):
-    """One leaves before it, and its row changes hands; another joins in time."""
-    one, other, third = prompts(engine, 3)
-    batch, calls = decoder(engine, 2), []
+    """Of three that join, the one that leaves before the step is not run."""
+    texts = prompts(engine, 3)
+    batch, calls = decoder(engine, 3), []
     inner = batch.forward.prefill
     monkeypatch.setattr(batch.forward, "prefill", lambda shown: calls.append([p.row for p in shown]) or inner(shown))
-    bounds = {"minimum": 9, "maximum": LONGEST}
-    first = batch.join(one, **bounds, generator=torch.Generator().manual_seed(0))
-    batch.leave(first)
-    rows = [batch.join(p, **bounds, generator=torch.Generator().manual_seed(s)) for s, p in ((1, other), (2, third))]
+    for seed, prompt in enumerate(texts):
+        batch.join(prompt, minimum=9, maximum=LONGEST, generator=torch.Generator().manual_seed(seed))
+    batch.leave(0)
     assert not calls
     for _ in range(3):
         batch.step()
-    assert calls == [rows]
+    assert calls == [[1, 2]]
     news = batch.news()
-    for row, seed, prompt in zip(rows, (1, 2), (other, third), strict=True):
-        assert news[row].tokens == run_alone(engine, prompt, seed, minimum=9)[0][:3]
+    for row in (1, 2):
+        assert news[row].tokens == run_alone(engine, texts[row], row, minimum=9)[0][:3]
 
 
 def test_a_row_that_finds_no_room_is_nobodys(engine, monkeypatch):

@@ -1,0 +1,107 @@
+"""Attention of several rows over keys and values in pages: utterances of a batch, or positions of prompts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cosyq.kernels.decode import _let_next_start, _wait
+
+
+@triton.jit
+def _look(q, out, largest, total, number, position, last, page, kv_head, key_ptr, value_ptr, softmax_scale,
+          KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """One page more for a tile of queries: their sums, largest scores and sums of weights."""
+    at, d = tl.arange(0, PAGE), tl.arange(0, DIM)
+    tile = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * DIM + at[:, None] * DIM + d[None, :]
+    key = number * PAGE + at
+    keys = tl.load(key_ptr + tile, mask=(key <= last)[:, None], other=0.0)
+    values = tl.load(value_ptr + tile, mask=(key <= last)[:, None], other=0.0)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * softmax_scale
+    scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
+    out = tl.dot(weights.to(values.dtype), values, out * kept[:, None], input_precision="ieee")
+    return out, larger, total * kept + tl.sum(weights, 1)
+
+
+@triton.jit
+def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
+                 softmax_scale, page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                 DIM: tl.constexpr, PAGE: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """All heads of one row that share keys, over one page; who comes last of the row's pages merges them."""
+    row, kv_head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = HEADS // KV_HEADS
+    i, d = tl.arange(0, PLACES), tl.arange(0, DIM)
+    inside = i < group
+    head = kv_head * group + tl.minimum(i, group - 1)
+    page = tl.load(page_ptr + tl.load(owner_ptr + row) * page_stride + number)
+    _wait(PDL)
+    last = tl.load(position_ptr + row)
+    _let_next_start(PDL)
+    if number * PAGE <= tl.maximum(last, 0):
+        q = tl.load(q_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :])
+        out, largest, total = _look(
+            q, tl.zeros((PLACES, DIM), tl.float32), tl.full((PLACES,), -1e30, tl.float32),
+            tl.zeros((PLACES,), tl.float32), number, last + 0 * i, last, page, kv_head, key_ptr, value_ptr,
+            softmax_scale, KV_HEADS, DIM, PAGE,
+        )  # fmt: skip
+        to = out_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :]
+        pages = tl.maximum(last, 0) // PAGE + 1
+        if pages == 1:
+            out = out / tl.maximum(total, 1e-30)[:, None]  # a row that is nobody's attends to nothing
+            tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        else:
+            mine = (row * KV_HEADS + kv_head) * page_stride
+            part, stat = i[:, None] * DIM + d[None, :], stat_ptr + i
+            tl.store(part_ptr + (mine + number) * PLACES * DIM + part, out)
+            tl.store(stat + (mine + number) * 2 * PLACES, largest)
+            tl.store(stat + (mine + number) * 2 * PLACES + PLACES, total)
+            tl.debug_barrier()  # all of it is there before it is counted
+            count = count_ptr + row * KV_HEADS + kv_head
+            if tl.atomic_add(count, 1) == pages - 1:
+                largest, total = tl.full((PLACES,), -1e30, tl.float32), tl.zeros((PLACES,), tl.float32)
+                out = tl.zeros((PLACES, DIM), tl.float32)
+                other = 0
+                while other < pages:  # in one order, whoever comes last
+                    theirs = tl.load(stat + (mine + other) * 2 * PLACES, cache_modifier=".cg")
+                    its_total = tl.load(stat + (mine + other) * 2 * PLACES + PLACES, cache_modifier=".cg")
+                    its = tl.load(part_ptr + (mine + other) * PLACES * DIM + part, cache_modifier=".cg")
+                    larger = tl.maximum(largest, theirs)
+                    kept, added = tl.exp(largest - larger), tl.exp(theirs - larger)
+                    out = out * kept[:, None] + its * added[:, None]
+                    total = total * kept + its_total * added
+                    largest = larger
+                    other += 1
+                tl.store(to, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+                tl.store(count, 0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, M, softmax_scale,
+                    page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+                    PAGE: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One head at `TOGETHER` positions of one utterance."""
+    i, d, head = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, DIM), tl.program_id(1)
+    inside, at = i < M, tl.minimum(i, M - 1)
+    table = page_ptr + tl.load(owner_ptr + tl.program_id(0) * TOGETHER) * page_stride
+    _wait(PDL)
+    position = tl.load(position_ptr + at)
+    last = tl.max(position, 0)
+    q = tl.load(q_ptr + (at * HEADS + head)[:, None] * DIM + d[None, :])
+    largest, total = tl.full((TOGETHER,), -1e30, tl.float32), tl.zeros((TOGETHER,), tl.float32)
+    out = tl.zeros((TOGETHER, DIM), tl.float32)
+    number = 0
+    page = tl.load(table)
+    while number * PAGE <= last:
+        following = tl.load(table + number + 1, mask=(number + 1) * PAGE <= last, other=0)
+        out, largest, total = _look(
+            q, out, largest, total, number, position, last, page, head // (HEADS // KV_HEADS), key_ptr, value_ptr,
+            softmax_scale, KV_HEADS, DIM, PAGE,
+        )  # fmt: skip
+        page = following
+        number += 1
+    _let_next_start(PDL)
+    out = out / tl.maximum(total, 1e-30)[:, None]  # a row that is nobody's attends to nothing
+    to = out_ptr + (i * HEADS + head)[:, None] * DIM + d[None, :]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])
