@@ -3,24 +3,58 @@
 Keys and values lie in pages that a row's table names; a row that has nothing to say is at position -1 and writes to
 page 0, which is nobody's. All activations between kernels are float32.
 
-A step is bound by the bytes of the weights and by the launches. So norms, rotation, SwiGLU and residual sums happen
-where their inputs are read; and with programmatic dependent launch a kernel fetches its weights while the one before it
-still computes: only behind `_wait` may anything be read that another kernel wrote.
+A step is bound by the bytes of the weights, by the launches and by what decoding costs. So norms, rotation, SwiGLU and
+residual sums happen where their inputs are read; with programmatic dependent launch a kernel fetches its weights while
+the one before it still computes (only behind `_wait` may anything be read that another kernel wrote); and codes are not
+decoded but multiplied as integers, by inputs as two signed bytes: 15 bits and a sign, of the largest input.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from cosyq.kernels.packed import INT8, Packed, columns, decode, fetch, launch_sizes, multiply, product
+from cosyq.kernels.packed import (
+    FOUR_BIT,
+    LEVELS,
+    NESTED,
+    Packed,
+    columns,
+    decode,
+    fetch,
+    fetch_words,
+    parts_of,
+    product,
+)
 
 PAGE = 128  # positions
+
+
+class Matrix(NamedTuple):
+    """What a kernel has to know of a `Packed`, whose rows it takes in tiles, and whose columns in two parts."""
+
+    n: int
+    k: int
+    kind: int
+    block: int
+    lookup: str
+    dot: str
+    first: int
+    rest: int
+    tile: int
+
+
+class Heads(NamedTuple):
+    query: int
+    kv: int
+    dim: int
+    pages_a_row: int
+    page: int
 
 
 @triton.jit
@@ -36,6 +70,190 @@ def _let_next_start(PDL: tl.constexpr):
 
 
 @triton.jit
+def _tile(w, rows, valid, W: tl.constexpr):
+    """Rows of weights as they are stored: codes and scales of their first columns, and of the rest."""
+    w_ptr, scale_ptr, _, group_ptr, code_ptr = w
+    if W.dot == "":
+        first = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, 0, W.first, W.k, W.kind, W.block)
+        rest = first
+        if W.rest > 0:
+            rest = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, W.first, W.rest, W.k, W.kind, W.block)
+        return first, rest
+    else:
+        first = fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, 0, W.first, W.k, W.kind, W.block)
+        rest = first
+        if W.rest > 0:
+            rest = fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, W.first, W.rest, W.k, W.kind,
+                               W.block)  # fmt: skip
+        return first, rest
+
+
+@triton.jit
+def _attended(k, inside, part_ptr, stat_ptr, count, pages_a_row: tl.constexpr, DIM: tl.constexpr):
+    """Channels k of what the heads attended to: the parts of its pages as one softmax."""
+    first, d = (k // DIM) * pages_a_row, k % DIM
+    largest = tl.full(k.shape, -1e30, tl.float32)
+    total = tl.zeros(k.shape, tl.float32)
+    out = tl.zeros(k.shape, tl.float32)
+    number = 0
+    while number < count:
+        for _ in tl.static_range(4):  # whose loads are under way together
+            there = inside & (number < count)
+            part = first + number
+            score = tl.load(stat_ptr + part * 2, mask=there, other=-1e30)
+            weight = tl.load(stat_ptr + part * 2 + 1, mask=there, other=0.0)
+            value = tl.load(part_ptr + part * DIM + d, mask=there, other=0.0)
+            both = tl.maximum(largest, score)
+            mine, its = tl.exp(largest - both), tl.exp(score - both)
+            out = out * mine + value * its
+            total = total * mine + weight * its
+            largest = both
+            number += 1
+    return out / tl.where(inside, total, 1.0)
+
+
+@triton.jit
+def _read(source, k, inside, H: tl.constexpr):
+    """Inputs k: (x, gain) or (x,), or what the heads attended to: (parts, stats, pages)."""
+    if len(source) == 1:
+        return tl.load(source[0] + k, mask=inside, other=0.0)
+    elif len(source) == 2:
+        return tl.load(source[0] + k, mask=inside, other=0.0) * tl.load(source[1] + k, mask=inside, other=0.0)
+    else:
+        return _attended(k, inside, source[0], source[1], source[2], H.pages_a_row, H.dim)
+
+
+@triton.jit
+def _columns_of(source, k0: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, H: tl.constexpr):
+    k, next_k = columns(k0, WIDTH, W.kind, W.block)
+    even = _read(source, k, k < W.k, H)
+    odd = even
+    if (W.kind == 1) or (W.kind == 2):
+        odd = _read(source, next_k, next_k < W.k, H)
+    return even, odd
+
+
+@triton.jit
+def _fours_of(source, k0: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, H: tl.constexpr):
+    """Inputs in groups of four, of 4 bits with neighbours swapped."""
+    swap: tl.constexpr = 0 if W.kind == 0 else 1
+    k = k0 + 4 * tl.arange(0, WIDTH // 4)
+    inside = k < W.k
+    return (_read(source, k + swap, inside, H), _read(source, k + (1 - swap), inside, H),
+            _read(source, k + 2 + swap, inside, H), _read(source, k + 3 - swap, inside, H))  # fmt: skip
+
+
+@triton.jit
+def _largest(fours):
+    """The largest magnitude, by the bits of a float, which are ordered as it is; what is not finite comes last."""
+    largest = fours[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    for j in tl.static_range(1, 4):
+        largest = tl.maximum(largest, fours[j].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(largest, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bytes(fours, inverse, W: tl.constexpr):
+    """Words of the high and of the low bytes of four inputs."""
+    high = tl.zeros(fours[0].shape, tl.int32)
+    low = tl.zeros(fours[0].shape, tl.int32)
+    for j in tl.static_range(4):
+        level = tl.floor(fours[j] * inverse + 0.5).to(tl.int32)
+        byte = (level + 128) >> 8
+        high |= (byte & 255) << (8 * j)
+        low |= ((level - byte * 256) & 255) << (8 * j)
+    if W.kind == 0:
+        return high, low
+    else:
+        words: tl.constexpr = W.block // 8
+        blocks: tl.constexpr = high.shape[0] // (2 * words)
+        h0, h1 = tl.split(tl.reshape(high, (blocks, words, 2)))
+        l0, l1 = tl.split(tl.reshape(low, (blocks, words, 2)))
+        return h0, h1, l0, l1
+
+
+@triton.jit
+def _inputs(source, W: tl.constexpr, H: tl.constexpr = None):
+    """Inputs [k] as `_times` takes them."""
+    if W.dot == "":
+        first = _columns_of(source, 0, W.first, W, H)
+        rest = first
+        if W.rest > 0:
+            rest = _columns_of(source, W.first, W.rest, W, H)
+        return first, rest, 1.0
+    else:
+        if W.rest == W.first:
+            fours = _fours_of(source, 0, 2 * W.first, W, H)
+            largest = _largest(fours)
+            high, low = _bytes(fours, LEVELS / tl.maximum(largest, 1e-30), W)
+            words: tl.constexpr = W.first // 4
+            first_high, rest_high = tl.split(tl.trans(tl.reshape(high, (2, words))))
+            first_low, rest_low = tl.split(tl.trans(tl.reshape(low, (2, words))))
+            return (first_high, first_low), (rest_high, rest_low), largest / LEVELS
+        else:
+            first = _fours_of(source, 0, W.first, W, H)
+            rest = first
+            largest = _largest(first)
+            if W.rest > 0:
+                rest = _fours_of(source, W.first, W.rest, W, H)
+                largest = tl.maximum(largest, _largest(rest))
+            inverse = LEVELS / tl.maximum(largest, 1e-30)
+            return _bytes(first, inverse, W), _bytes(rest, inverse, W), largest / LEVELS
+
+
+@triton.jit
+def _dots(words, inputs, W: tl.constexpr):
+    dot: tl.constexpr = W.dot
+    if W.kind == 0:
+        high, low = inputs
+        return tl.inline_asm_elementwise(
+            dot, "=r,=r,r,r,r", [words, high[None, :], low[None, :]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        h0, h1, l0, l1 = inputs
+        return tl.inline_asm_elementwise(
+            dot, "=r,=r,r,r,r,r,r", [words, h0[None, :, :], h1[None, :, :], l0[None, :, :], l1[None, :, :]],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1)  # fmt: skip
+
+
+@triton.jit
+def _summed(high, low, scales, W: tl.constexpr):
+    if W.kind == 0:
+        return (tl.sum(high, 1).to(tl.float32) * 256 + tl.sum(low, 1).to(tl.float32)) * scales
+    else:
+        blocks = tl.sum(high, 2).to(tl.float32) * 256 + tl.sum(low, 2).to(tl.float32)
+        return tl.sum(blocks * scales, 1) * (256 / LEVELS)
+
+
+@triton.jit
+def _times(tile, inputs, table_ptr, W: tl.constexpr):
+    """A tile of weights times inputs: [rows] float32."""
+    lookup: tl.constexpr = W.lookup
+    codes, scales = tile[0]
+    if W.dot == "":
+        even, odd = inputs[0]
+        high, low = decode(codes, table_ptr, W.kind, lookup)
+        out = product(high, low, scales, even, odd, W.kind)
+        if W.rest > 0:
+            more_codes, more_scales = tile[1]
+            more_even, more_odd = inputs[1]
+            more_high, more_low = decode(more_codes, table_ptr, W.kind, lookup)
+            out += product(more_high, more_low, more_scales, more_even, more_odd, W.kind)
+        return out
+    else:
+        high, low = _dots(codes, inputs[0], W)
+        if W.rest == 0:
+            return _summed(high, low, scales, W) * inputs[2]
+        else:
+            more_codes, more_scales = tile[1]
+            more_high, more_low = _dots(more_codes, inputs[1], W)
+            if (W.rest == W.first) and (W.kind == 0):
+                return _summed(high + more_high, low + more_low, scales, W) * inputs[2]
+            else:
+                return (_summed(high, low, scales, W) + _summed(more_high, more_low, more_scales, W)) * inputs[2]
+
+
+@triton.jit
 def _root_mean_square(x_ptr, eps, K: tl.constexpr, PADDED: tl.constexpr):
     """1 / the root of the mean square of x [K]."""
     k = tl.arange(0, PADDED)
@@ -44,60 +262,47 @@ def _root_mean_square(x_ptr, eps, K: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _qkv(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, bias_ptr, cos_ptr, sin_ptr, position_ptr,
-         page_ptr, q_ptr, key_ptr, value_ptr, eps,
-         pages_a_row: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-         LOOKUP: tl.constexpr,
-         FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-         DIM: tl.constexpr, PAIRS: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    half: tl.constexpr = DIM // 2
+def _rows(W: tl.constexpr):
+    n = tl.program_id(0) * W.tile + tl.arange(0, W.tile)
+    return n, n < W.n
+
+
+@triton.jit
+def _qkv(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr, q_ptr, key_ptr, value_ptr, eps,
+         W: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Normed x projected; queries and keys turned by their position, keys and values written to their page."""
+    half: tl.constexpr = H.dim // 2
     pid = tl.program_id(0)
-    head = pid // (half // PAIRS)
-    pair = (pid % (half // PAIRS)) * PAIRS + tl.arange(0, PAIRS)
-    upper, lower = head * DIM + pair, head * DIM + half + pair  # the rows that turn together
-    valid = pair < half
-    a1, as1 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, upper, valid, 0, FIRST, K, KIND, BLOCK)
-    b1, bs1 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, lower, valid, 0, FIRST, K, KIND, BLOCK)
-    if REST > 0:
-        a2, as2 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, upper, valid, FIRST, REST, K, KIND, BLOCK)
-        b2, bs2 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, lower, valid, FIRST, REST, K, KIND, BLOCK)
-    upper_bias, lower_bias = tl.load(bias_ptr + upper), tl.load(bias_ptr + lower)
+    head = pid // (half // W.tile)
+    pair = (pid % (half // W.tile)) * W.tile + tl.arange(0, W.tile)
+    upper = head * H.dim + pair  # and `half` below it the rows that they turn with
+    upper_tile = _tile(w, upper, pair < half, W)
+    lower_tile = _tile(w, upper + half, pair < half, W)
+    upper_bias, lower_bias = tl.load(bias_ptr + upper), tl.load(bias_ptr + upper + half)
     _let_next_start(PDL)
-    a1h, a1l = decode(a1, table_ptr, KIND, LOOKUP)
-    b1h, b1l = decode(b1, table_ptr, KIND, LOOKUP)
-    if REST > 0:
-        a2h, a2l = decode(a2, table_ptr, KIND, LOOKUP)
-        b2h, b2l = decode(b2, table_ptr, KIND, LOOKUP)
     _wait(PDL)
-    for row in range(ROWS):
-        x = x_ptr + row * K
-        one = multiply(a1h, a1l, as1, x, gain_ptr, 0, FIRST, K, KIND, BLOCK, True)
-        two = multiply(b1h, b1l, bs1, x, gain_ptr, 0, FIRST, K, KIND, BLOCK, True)
-        if REST > 0:
-            one += multiply(a2h, a2l, as2, x, gain_ptr, FIRST, REST, K, KIND, BLOCK, True)
-            two += multiply(b2h, b2l, bs2, x, gain_ptr, FIRST, REST, K, KIND, BLOCK, True)
-        r = _root_mean_square(x, eps, K, PADDED)
-        one = one * r + upper_bias
-        two = two * r + lower_bias
-        place = tl.load(position_ptr + row)
-        position = tl.maximum(place, 0)
-        if head < HEADS + KV_HEADS:
-            cos = tl.load(cos_ptr + position * half + pair)
-            sin = tl.load(sin_ptr + position * half + pair)
-            turned = one * cos - two * sin
-            two = two * cos + one * sin
-            one = turned
-        if head < HEADS:
-            q = q_ptr + (row * HEADS + head) * DIM
-            tl.store(q + pair, one)
-            tl.store(q + half + pair, two)
-        else:
-            page = tl.load(page_ptr + row * pages_a_row + position // PAGE, mask=place >= 0, other=0).to(tl.int64)
-            cache = key_ptr if head < HEADS + KV_HEADS else value_ptr
-            kv_head = (head - HEADS) % KV_HEADS
-            to = cache + ((page * KV_HEADS + kv_head) * PAGE + position % PAGE) * DIM
-            tl.store(to + pair, one.to(key_ptr.dtype.element_ty))
-            tl.store(to + half + pair, two.to(key_ptr.dtype.element_ty))
+    place = tl.load(position_ptr)
+    position = tl.maximum(place, 0)
+    r = _root_mean_square(x_ptr, eps, W.k, PADDED)
+    inputs = _inputs((x_ptr, gain_ptr), W)
+    one = _times(upper_tile, inputs, w[2], W) * r + upper_bias
+    two = _times(lower_tile, inputs, w[2], W) * r + lower_bias
+    if head < H.query + H.kv:
+        cos = tl.load(cos_ptr + position * half + pair)
+        sin = tl.load(sin_ptr + position * half + pair)
+        turned = one * cos - two * sin
+        two = two * cos + one * sin
+        one = turned
+    if head < H.query:
+        tl.store(q_ptr + upper, one)
+        tl.store(q_ptr + upper + half, two)
+    else:
+        page = tl.load(page_ptr + position // H.page, mask=place >= 0, other=0).to(tl.int64)
+        cache = key_ptr if head < H.query + H.kv else value_ptr
+        kv_head = (head - H.query) % H.kv
+        to = cache + ((page * H.kv + kv_head) * H.page + position % H.page) * H.dim + pair
+        tl.store(to, one.to(key_ptr.dtype.element_ty))
+        tl.store(to + half, two.to(key_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -131,125 +336,54 @@ def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, page_stride, out_
 
 
 @triton.jit
-def _attended(k, inside, part_ptr, stat_ptr, count, pages_a_row: tl.constexpr, DIM: tl.constexpr):
-    """Channels k of one row's attention: the parts of its pages as one softmax."""
-    first, d = (k // DIM) * pages_a_row, k % DIM
-    largest = tl.load(stat_ptr + first * 2, mask=inside, other=0.0)
-    total = tl.load(stat_ptr + first * 2 + 1, mask=inside, other=1.0)
-    out = tl.load(part_ptr + first * DIM + d, mask=inside, other=0.0)
-    number = 1
-    while number < count:
-        part = first + number
-        other = tl.load(stat_ptr + part * 2, mask=inside, other=0.0)
-        both = tl.maximum(largest, other)
-        mine, its = tl.exp(largest - both), tl.exp(other - both)
-        out = out * mine + tl.load(part_ptr + part * DIM + d, mask=inside, other=0.0) * its
-        total = total * mine + tl.load(stat_ptr + part * 2 + 1, mask=inside, other=0.0) * its
-        largest = both
-        number += 1
-    return out / total
-
-
-@triton.jit
-def _attended_product(high, low, scales, part_ptr, stat_ptr, count, pages_a_row: tl.constexpr, k0: tl.constexpr,
-                      WIDTH: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-                      DIM: tl.constexpr):  # fmt: skip
-    k, next_k = columns(k0, WIDTH, KIND, BLOCK)
-    even = _attended(k, k < K, part_ptr, stat_ptr, count, pages_a_row, DIM)
-    odd = even
-    if (KIND == 1) or (KIND == 2):
-        odd = _attended(next_k, next_k < K, part_ptr, stat_ptr, count, pages_a_row, DIM)
-    return product(high, low, scales, even, odd, KIND)
-
-
-@triton.jit
-def _output(part_ptr, stat_ptr, position_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr,
-            pages_a_row: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-            BLOCK: tl.constexpr, LOOKUP: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
-            HEADS: tl.constexpr, DIM: tl.constexpr,
-            PAGE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """What the heads attended to, projected, added to x."""
-    n = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    valid = n < N
-    a1, as1 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, n, valid, 0, FIRST, K, KIND, BLOCK)
-    if REST > 0:
-        a2, as2 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, n, valid, FIRST, REST, K, KIND, BLOCK)
-    _let_next_start(PDL)
-    a1h, a1l = decode(a1, table_ptr, KIND, LOOKUP)
-    if REST > 0:
-        a2h, a2l = decode(a2, table_ptr, KIND, LOOKUP)
-    _wait(PDL)
-    for row in range(ROWS):
-        count = tl.maximum(tl.load(position_ptr + row), 0) // PAGE + 1
-        parts, stats = part_ptr + row * HEADS * pages_a_row * DIM, stat_ptr + row * HEADS * pages_a_row * 2
-        out = _attended_product(a1h, a1l, as1, parts, stats, count, pages_a_row, 0, FIRST, K, KIND, BLOCK, DIM)
-        if REST > 0:
-            out += _attended_product(a2h, a2l, as2, parts, stats, count, pages_a_row, FIRST, REST, K, KIND, BLOCK, DIM)
-        to = x_ptr + row * N + n
-        tl.store(to, tl.load(to, mask=valid, other=0.0) + out, mask=valid)
-
-
-@triton.jit
-def _swiglu(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, eps,
-            N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-         LOOKUP: tl.constexpr,
-            FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+def _output(part_ptr, stat_ptr, position_ptr, w, x_ptr, W: tl.constexpr, H: tl.constexpr,
             PDL: tl.constexpr):  # fmt: skip
-    """silu(gate) * up of the normed x, [ROWS, N]; the weight's first N rows are the gate's."""
-    n = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    valid = n < N
-    a1, as1 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, n, valid, 0, FIRST, K, KIND, BLOCK)
-    b1, bs1 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, N + n, valid, 0, FIRST, K, KIND, BLOCK)
-    if REST > 0:
-        a2, as2 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, n, valid, FIRST, REST, K, KIND, BLOCK)
-        b2, bs2 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, N + n, valid, FIRST, REST, K, KIND, BLOCK)
+    """What the heads attended to, projected, added to x."""
+    n, valid = _rows(W)
+    tile = _tile(w, n, valid, W)
     _let_next_start(PDL)
-    a1h, a1l = decode(a1, table_ptr, KIND, LOOKUP)
-    b1h, b1l = decode(b1, table_ptr, KIND, LOOKUP)
-    if REST > 0:
-        a2h, a2l = decode(a2, table_ptr, KIND, LOOKUP)
-        b2h, b2l = decode(b2, table_ptr, KIND, LOOKUP)
     _wait(PDL)
-    for row in range(ROWS):
-        x = x_ptr + row * K
-        gate = multiply(a1h, a1l, as1, x, gain_ptr, 0, FIRST, K, KIND, BLOCK, True)
-        up = multiply(b1h, b1l, bs1, x, gain_ptr, 0, FIRST, K, KIND, BLOCK, True)
-        if REST > 0:
-            gate += multiply(a2h, a2l, as2, x, gain_ptr, FIRST, REST, K, KIND, BLOCK, True)
-            up += multiply(b2h, b2l, bs2, x, gain_ptr, FIRST, REST, K, KIND, BLOCK, True)
-        r = _root_mean_square(x, eps, K, PADDED)
-        gate *= r
-        tl.store(out_ptr + row * N + n, gate / (1 + tl.exp(-gate)) * up * r, mask=valid)
+    count = tl.maximum(tl.load(position_ptr), 0) // H.page + 1
+    out = _times(tile, _inputs((part_ptr, stat_ptr, count), W, H), w[2], W)
+    tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
 
 
 @triton.jit
-def _linear(x_ptr, gain_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, eps,
-            N: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-         LOOKUP: tl.constexpr,
-            FIRST: tl.constexpr, REST: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
-            ADD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """x [ROWS, K], normed or not, times the weight: stored to out [ROWS, N], or added to it."""
-    n = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    valid = n < N
-    a1, as1 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, n, valid, 0, FIRST, K, KIND, BLOCK)
-    if REST > 0:
-        a2, as2 = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, n, valid, FIRST, REST, K, KIND, BLOCK)
+def _swiglu(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+    """silu(gate) * up of the normed x; the weight's first half of rows is the gate's."""
+    half: tl.constexpr = W.n // 2
+    n = tl.program_id(0) * W.tile + tl.arange(0, W.tile)
+    valid = n < half
+    gate_tile, up_tile = _tile(w, n, valid, W), _tile(w, half + n, valid, W)
     _let_next_start(PDL)
-    a1h, a1l = decode(a1, table_ptr, KIND, LOOKUP)
-    if REST > 0:
-        a2h, a2l = decode(a2, table_ptr, KIND, LOOKUP)
     _wait(PDL)
-    for row in range(ROWS):
-        x = x_ptr + row * K
-        out = multiply(a1h, a1l, as1, x, gain_ptr, 0, FIRST, K, KIND, BLOCK, NORM)
-        if REST > 0:
-            out += multiply(a2h, a2l, as2, x, gain_ptr, FIRST, REST, K, KIND, BLOCK, NORM)
-        if NORM:
-            out *= _root_mean_square(x, eps, K, PADDED)
-        to = out_ptr + row * N + n
-        if ADD:
-            out += tl.load(to, mask=valid, other=0.0)
-        tl.store(to, out, mask=valid)
+    r = _root_mean_square(x_ptr, eps, W.k, PADDED)
+    inputs = _inputs((x_ptr, gain_ptr), W)
+    gate = _times(gate_tile, inputs, w[2], W) * r
+    up = _times(up_tile, inputs, w[2], W) * r
+    tl.store(out_ptr + n, gate / (1 + tl.exp(-gate)) * up, mask=valid)
+
+
+@triton.jit
+def _down(inner_ptr, w, x_ptr, W: tl.constexpr, PDL: tl.constexpr):
+    """What SwiGLU left, projected, added to x."""
+    n, valid = _rows(W)
+    tile = _tile(w, n, valid, W)
+    _let_next_start(PDL)
+    _wait(PDL)
+    out = _times(tile, _inputs((inner_ptr,), W), w[2], W)
+    tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
+
+
+@triton.jit
+def _head(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+    """The normed x times the weight."""
+    n, valid = _rows(W)
+    tile = _tile(w, n, valid, W)
+    _let_next_start(PDL)
+    _wait(PDL)
+    out = _times(tile, _inputs((x_ptr, gain_ptr), W), w[2], W) * _root_mean_square(x_ptr, eps, W.k, PADDED)
+    tl.store(out_ptr + n, out, mask=valid)
 
 
 @dataclass(frozen=True)
@@ -263,9 +397,8 @@ class Tiles:
     head: tuple[int, int]
 
 
-# Measured on an H100 (docs/speed.md).
-INT8_TILES = Tiles(qkv=(8, 8), output=(8, 8), swiglu=(8, 4), down=(4, 8), head=(16, 4))
-OTHER_TILES = Tiles(qkv=(4, 2), output=(8, 4), swiglu=(8, 4), down=(4, 8), head=(16, 4))
+# The best of three that were tried on an H100 (docs/speed.md).
+TILES = Tiles(qkv=(8, 4), output=(8, 4), swiglu=(8, 4), down=(8, 8), head=(16, 4))
 
 
 @dataclass(frozen=True)
@@ -280,6 +413,10 @@ class Geometry:
     pages: int
     eps: float
     pdl: bool
+
+    @property
+    def sizes(self) -> Heads:
+        return Heads(self.heads, self.kv_heads, self.dim, self.pages_a_row, PAGE)
 
     def launch(self, warps: int) -> dict[str, Any]:
         return {"PDL": self.pdl, "num_warps": warps} | ({"launch_pdl": True} if self.pdl else {})
@@ -330,40 +467,40 @@ def attend(
 
 
 def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometry) -> None:
-    """x after one layer, in place; keys and values [pages, kv_heads, PAGE, dim] gain the rows' positions."""
-    t, width = _tiles(layer.gate_up), triton.next_power_of_2(b.x.shape[1])
+    """x of one row after one layer, in place; keys and values [pages, kv_heads, PAGE, dim] gain the row's position."""
+    t, width = TILES, triton.next_power_of_2(b.x.shape[1])
     half = g.dim // 2
     pairs = min(t.qkv[0], half)
     _qkv[((g.heads + 2 * g.kv_heads) * (half // pairs),)](
-        b.x, layer.attention_norm, *layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.pages,
-        b.q, keys, values, g.eps, pages_a_row=g.pages_a_row, PADDED=width, HEADS=g.heads, KV_HEADS=g.kv_heads,
-        DIM=g.dim, PAIRS=pairs, PAGE=PAGE, ROWS=g.rows, **launch_sizes(layer.qkv), **g.launch(t.qkv[1]),
+        b.x, layer.attention_norm, layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.pages,
+        b.q, keys, values, g.eps, W=_matrix(layer.qkv, pairs), H=g.sizes, PADDED=width, **g.launch(t.qkv[1]),
     )  # fmt: skip
     attend(b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g)
     _output[(triton.cdiv(layer.output.n, t.output[0]),)](
-        b.parts, b.stats, b.positions, *layer.output.pointers, b.x, pages_a_row=g.pages_a_row, N=layer.output.n,
-        HEADS=g.heads, DIM=g.dim, PAGE=PAGE, TILE=t.output[0], ROWS=g.rows, **launch_sizes(layer.output),
+        b.parts, b.stats, b.positions, layer.output.pointers, b.x, W=_matrix(layer.output, t.output[0]), H=g.sizes,
         **g.launch(t.output[1]),
     )  # fmt: skip
-    inner = layer.gate_up.n // 2
-    _swiglu[(triton.cdiv(inner, t.swiglu[0]),)](
-        b.x, layer.mlp_norm, *layer.gate_up.pointers, b.inner, g.eps, N=inner, PADDED=width, TILE=t.swiglu[0],
-        ROWS=g.rows, **launch_sizes(layer.gate_up), **g.launch(t.swiglu[1]),
+    _swiglu[(triton.cdiv(layer.gate_up.n // 2, t.swiglu[0]),)](
+        b.x, layer.mlp_norm, layer.gate_up.pointers, b.inner, g.eps, W=_matrix(layer.gate_up, t.swiglu[0]),
+        PADDED=width, **g.launch(t.swiglu[1]),
     )  # fmt: skip
-    _linear[(triton.cdiv(layer.down.n, t.down[0]),)](
-        b.inner, layer.mlp_norm, *layer.down.pointers, b.x, g.eps, N=layer.down.n, PADDED=width, TILE=t.down[0],
-        NORM=False, ADD=True, ROWS=g.rows, **launch_sizes(layer.down), **g.launch(t.down[1]),
-    )  # fmt: skip
+    _down[(triton.cdiv(layer.down.n, t.down[0]),)](
+        b.inner, layer.down.pointers, b.x, W=_matrix(layer.down, t.down[0]), **g.launch(t.down[1])
+    )
 
 
 def run_head(norm: Tensor, head: Packed, logits: Tensor, b: Buffers, g: Geometry) -> None:
-    """logits [rows, n] float32 of the normed x."""
-    rows, warps = _tiles(head).head
-    _linear[(triton.cdiv(head.n, rows),)](
-        b.x, norm, *head.pointers, logits, g.eps, N=head.n, PADDED=triton.next_power_of_2(b.x.shape[1]),
-        TILE=rows, NORM=True, ADD=False, ROWS=g.rows, **launch_sizes(head), **g.launch(warps),
+    """logits [1, n] float32 of the normed x."""
+    rows, warps = TILES.head
+    _head[(triton.cdiv(head.n, rows),)](
+        b.x, norm, head.pointers, logits, g.eps, W=_matrix(head, rows), PADDED=triton.next_power_of_2(b.x.shape[1]),
+        **g.launch(warps),
     )  # fmt: skip
 
 
-def _tiles(packed: Packed) -> Tiles:
-    return INT8_TILES if packed.kind == INT8.value else OTHER_TILES
+def _matrix(w: Packed, tile: int) -> Matrix:
+    first, rest = parts_of(w.k, w.block)
+    if first == rest and w.kind in (FOUR_BIT.value, NESTED.value):  # wide enough for loads of 16 bytes
+        first, rest = 2 * first, 0
+    dot = "" if w.k % 4 else w.dot  # rows are read in words
+    return Matrix(w.n, w.k, w.kind, w.block, w.lookup, dot, first, rest, tile)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -31,6 +30,7 @@ class Packed:
     code: NESTED: the 256 values of an absmax code, float32.
     bias: float32 [n] or None.
     lookup: 4 bits on a GPU: the table as instructions, see `lookup`.
+    dot: codes on a GPU: the product of a word of them as instructions, see `dot`.
     """
 
     kind: int
@@ -44,6 +44,7 @@ class Packed:
     code: Tensor
     bias: Tensor | None = None
     lookup: str = ""
+    dot: str = ""
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
@@ -52,7 +53,8 @@ class Packed:
 
 def int8_rows(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     n, k = weight.shape
-    return Packed(INT8.value, n, k, 1, weight, scales, scales, scales, scales, bias)
+    instructions = INT8_DOT if weight.is_cuda else ""
+    return Packed(INT8.value, n, k, 1, weight, scales, scales, scales, scales, bias, dot=instructions)
 
 
 def float_rows(weight: Tensor, bias: Tensor | None) -> Packed:
@@ -75,14 +77,14 @@ def four_bit_rows(
         ValueError: blocks cross rows.
     """
     n, k = shape
-    instructions = lookup(table.tolist()) if weight.is_cuda else ""
+    instructions = (lookup(table.tolist()), dot(table.tolist())) if weight.is_cuda else ("", "")
     if k % block:
         raise ValueError(f"blocks of {block} cross rows of {k}")
     if nested is None:
-        return Packed(FOUR_BIT.value, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, instructions)
+        return Packed(FOUR_BIT.value, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, *instructions)
     scale, code, offset = nested
     groups = torch.stack([scale, torch.full_like(scale, offset)], dim=1)
-    return Packed(NESTED.value, n, k, block, weight.view(-1), absmax, table, groups, code, bias, instructions)
+    return Packed(NESTED.value, n, k, block, weight.view(-1), absmax, table, groups, code, bias, *instructions)
 
 
 def stacked(parts: Sequence[Packed]) -> Packed | None:
@@ -125,6 +127,7 @@ def stacked(parts: Sequence[Packed]) -> Packed | None:
         code,
         bias,
         first.lookup,
+        first.dot,
     )
 
 
@@ -160,15 +163,38 @@ def fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, 
         codes = tl.load(
             w_ptr + index[:, :, None] * (BLOCK // 2) + byte[None, None, :], mask=inside[:, :, None], other=0
         )
-        if KIND == 1:
-            scales = tl.load(scale_ptr + index, mask=inside, other=0.0)
-        else:
-            absmax = tl.load(scale_ptr + index, mask=inside, other=0).to(tl.int32)
-            group = index // NESTED_BLOCKS
-            scales = tl.load(code_ptr + absmax) * tl.load(group_ptr + group * 2, mask=inside, other=0.0)
-            scales += tl.load(group_ptr + group * 2 + 1, mask=inside, other=0.0)
-            scales = tl.where(inside, scales, 0.0)
-        return codes, scales
+        return codes, _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND)
+
+
+@triton.jit
+def _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND: tl.constexpr):
+    if KIND == 1:
+        return tl.load(scale_ptr + index, mask=inside, other=0.0)
+    else:
+        absmax = tl.load(scale_ptr + index, mask=inside, other=0).to(tl.int32)
+        group = index // NESTED_BLOCKS
+        scales = tl.load(code_ptr + absmax) * tl.load(group_ptr + group * 2, mask=inside, other=0.0)
+        scales += tl.load(group_ptr + group * 2 + 1, mask=inside, other=0.0)
+        return tl.where(inside, scales, 0.0)
+
+
+@triton.jit
+def fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr,
+                K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """As `fetch`, for `dot`: words of four codes [r, WIDTH / 4], or of eight [r, blocks, BLOCK / 8]."""
+    words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    if KIND == 0:
+        k = k0 // 4 + tl.arange(0, WIDTH // 4)
+        inside = valid[:, None] & (k < K // 4)[None, :]
+        words = tl.load(words_ptr + rows.to(tl.int64)[:, None] * (K // 4) + k[None, :], mask=inside, other=0)
+        return words, tl.load(scale_ptr + rows, mask=valid, other=0.0) * INT8_STEP
+    else:
+        block = k0 // BLOCK + tl.arange(0, WIDTH // BLOCK)
+        inside = valid[:, None] & (block < K // BLOCK)[None, :]
+        index = rows.to(tl.int64)[:, None] * (K // BLOCK) + block[None, :]
+        at = index[:, :, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, None, :]
+        words = tl.load(words_ptr + at, mask=inside[:, :, None], other=0)
+        return words, _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND)
 
 
 @triton.jit
@@ -185,6 +211,53 @@ def decode(codes, table_ptr, KIND: tl.constexpr, LOOKUP: tl.constexpr):
             LOOKUP, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
         )
         return high.to(tl.float32), low.to(tl.float32)
+
+
+# A word of four codes times four inputs, as in `dot`: the high bytes $3, the low ones $4.
+INT8_DOT = "dp4a.s32.s32 $0, $2, $3, 0; dp4a.s32.s32 $1, $2, $4, 0;"
+LEVELS = tl.constexpr(32639)  # of inputs and of 4-bit values, as two signed bytes: 127 * 256 + 127
+
+
+def dot(table: Sequence[float]) -> str:
+    """PTX that multiplies a word of eight 4-bit codes by eight inputs in pairs of bytes: $0 * 256 + $1.
+
+    As in `lookup`, but a value is two signed bytes and `dp4a` takes four of one byte at once. $2 are the codes, $3 and
+    $4 the inputs' high bytes, $5 and $6 their low ones, of two neighbours the second first.
+    """
+    levels = [round(value * LEVELS.value) for value in table]
+    high = [(level + 128) >> 8 for level in levels]
+    low = [level - 256 * byte for level, byte in zip(levels, high, strict=True)]
+
+    def word(plane: list[int], first: int) -> str:
+        return "0x" + "".join(f"{plane[first + i] & 255:02x}" for i in (3, 2, 1, 0))
+
+    lines = [
+        ".reg .b32 s, m, k, a, b, h, l;",
+        "and.b32 s, $2, 0x77777777;",
+        "shr.b32 m, $2, 3;",
+        "and.b32 m, m, 0x11111111;",
+    ]
+    for half in (0, 1):
+        if half:
+            lines += ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
+        lines.append("prmt.b32 k, 0x0000ff00, 0, m;")
+        for plane, name in ((high, "h"), (low, "l")):
+            w = [word(plane, first) for first in (0, 4, 8, 12)]
+            lines += [
+                f"mov.b32 a, {w[0]};",
+                f"prmt.b32 a, a, {w[1]}, s;",
+                f"mov.b32 b, {w[2]};",
+                f"prmt.b32 b, b, {w[3]}, s;",
+                f"lop3.b32 {name}, a, b, k, 0xd8;",
+            ]
+        sums = ("0", "0") if half == 0 else ("t", "u")
+        lines += [
+            f"dp4a.s32.s32 t, h, ${3 + half}, {sums[0]};",
+            f"dp4a.s32.s32 u, h, ${5 + half}, {sums[1]};",
+            f"dp4a.s32.s32 u, l, ${3 + half}, u;",
+        ]
+    lines += ["mov.b32 $0, t;", "mov.b32 $1, u;"]
+    return "{ .reg .b32 t, u; " + " ".join(lines) + " }"
 
 
 def lookup(table: Sequence[float]) -> str:
@@ -240,31 +313,3 @@ def product(high, low, scales, even, odd, KIND: tl.constexpr):
         return tl.sum(high * even[None, :], 1) * scales
     else:
         return tl.sum(tl.sum(high * even[None, :, :] + low * odd[None, :, :], 2) * scales, 1)
-
-
-@triton.jit
-def multiply(high, low, scales, x_ptr, gain_ptr, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
-             KIND: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr):  # fmt: skip
-    """The decoded tile times x[k0 : k0 + WIDTH] (times a gain for each column): [r] float32."""
-    k, next_k = columns(k0, WIDTH, KIND, BLOCK)
-    even = tl.load(x_ptr + k, mask=k < K, other=0.0)
-    if GAIN:
-        even *= tl.load(gain_ptr + k, mask=k < K, other=0.0)
-    odd = even
-    if (KIND == 1) or (KIND == 2):
-        odd = tl.load(x_ptr + next_k, mask=next_k < K, other=0.0)
-        if GAIN:
-            odd *= tl.load(gain_ptr + next_k, mask=next_k < K, other=0.0)
-    return product(high, low, scales, even, odd, KIND)
-
-
-def launch_sizes(packed: Packed) -> dict[str, Any]:
-    first, rest = parts_of(packed.k, packed.block)
-    return {
-        "K": packed.k,
-        "KIND": packed.kind,
-        "BLOCK": packed.block,
-        "LOOKUP": packed.lookup,
-        "FIRST": first,
-        "REST": rest,
-    }
