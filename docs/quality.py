@@ -33,9 +33,8 @@ def _number(value: float, sign: str) -> str:
 def tables(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Tables in Markdown, a row for each named report; one is left out if nobody has any of it."""
     parts = []
-    for group in TABLES:
-        keys = [key for key in group if any(key in report["findings"] for report in reports.values())]
-        if not keys:
+    for keys in TABLES:
+        if not any(key in report["findings"] for report in reports.values() for key in keys):
             continue
         units = {key: finding["unit"] for report in reports.values() for key, finding in report["findings"].items()}
         header = ["", "MB", *(f"{key} ({units[key]})" if units.get(key) else key for key in keys)]

@@ -141,7 +141,7 @@ def hear(port: int, wanted: dict[str, object], sample_rate: int) -> Heard:
     Raises:
         CosyqError: it is not answered with audio to the end.
     """
-    return Heard.of(size / 2 / sample_rate for size in _answer(port, wanted))
+    return Heard.of(_answer(port, wanted), 2 * sample_rate)
 
 
 def _answer(port: int, wanted: dict[str, object]) -> Iterator[int]:

@@ -45,15 +45,15 @@ class Heard:
     late: float
 
     @classmethod
-    def of(cls, pieces: Iterable[float]) -> Heard:
-        """Listen from now on: seconds of audio, as they come."""
-        started, first, audio, late = time.perf_counter(), 0.0, 0.0, 0.0
+    def of(cls, pieces: Iterable[int], rate: int) -> Heard:
+        """Listen from now on to pieces of audio as they come, in samples or bytes, `rate` of which are a second."""
+        started, first, late, count = time.perf_counter(), 0.0, 0.0, 0
         for piece in pieces:
             came = time.perf_counter() - started
             first = first or came
-            late = max(late, came - first - audio)
-            audio += piece
-        return cls(first, time.perf_counter() - started, audio, late)
+            late = max(late, came - first - count / rate)
+            count += piece
+        return cls(first, time.perf_counter() - started, count / rate, late)
 
 
 Ask = Callable[[int], Heard]  # by a seed
@@ -90,7 +90,7 @@ def concurrent(tts: Synthesizer, manner: Manner, load: Load, say: Say) -> Answer
 
     def ask(seed: int) -> Heard:
         options: dict[str, Any] = {"voice": manner.voice, "steps": manner.steps, "seed": seed}
-        return Heard.of(len(chunk.samples) / tts.sample_rate for chunk in batch.stream(WORDS, **options))
+        return Heard.of((len(chunk.samples) for chunk in batch.stream(WORDS, **options)), tts.sample_rate)
 
     with (
         ThreadPoolExecutor(max(load.counts), "stream") as pool,

@@ -14,6 +14,8 @@ from cosyq.kernels import dit as kernels
 from cosyq.model.config import FlowConfig
 from cosyq.quantize.linear import DequantLinear
 
+HALVES = {"attention": ("qkv", "out"), "feed-forward": ("up", "down")}  # of a block; what is unpacked together
+
 
 @dataclass(frozen=True)
 class PackedRun:
@@ -107,34 +109,54 @@ class Block:
             f.up.bias,
             f.down.bias,
             {
-                name: _merged([part for _, parts in pair for part in parts])
-                for name, pair in (("attention", found[:2]), ("feed-forward", found[2:]))
+                half: _merged([part for _, parts in pair for part in parts])
+                for half, pair in zip(HALVES, (found[:2], found[2:]), strict=True)
             },
         )
 
     @property
-    def packed(self) -> bool:
-        return any(self.parts.values())
-
-    @property
-    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.qkv, self.out, self.up, self.down
-
-    def unpacked(self) -> Block:
-        """The same, all matrices its own."""
-        self.unpack("attention")
-        qkv, out = self.qkv.clone(), self.out.clone()
-        self.unpack("feed-forward")
-        return replace(
-            self, qkv=qkv, out=out, up=self.up.clone(), down=self.down.clone(), parts=dict.fromkeys(self.parts, ())
-        )
+    def scratch_bytes(self) -> int:
+        """What unpacking writes."""
+        return sum(place.numel() * place.itemsize for parts in self.parts.values() for _, place in parts)
 
     def unpack(self, half: str) -> None:
         for source, place in self.parts[half]:
-            if isinstance(source, PackedRun):
-                source.unpack(place)
-            else:
-                place.copy_(source)
+            _fill(place, source)
+
+    def unpacked(self) -> Block:
+        """The same, all matrices its own.
+
+        They are not copied from the scratch: what is unpacked there next would not wait for the copy.
+        """
+        own: dict[str, Tensor] = {}
+        for half, names in HALVES.items():
+            places = [place for _, place in self.parts[half]]
+            if not places:
+                continue
+            first = int(min(place.storage_offset() for place in places))
+            last = int(max(place.storage_offset() + place.numel() for place in places))
+            memory = places[0].new_empty(last - first)
+            for source, place in self.parts[half]:
+                _fill(_moved(place, first, memory), source)
+            scratch = places[0].untyped_storage().data_ptr()
+            matrices = {name: getattr(self, name) for name in names}
+            own |= {
+                n: _moved(m, first, memory) for n, m in matrices.items() if m.untyped_storage().data_ptr() == scratch
+            }
+        return replace(self, **own, parts=dict.fromkeys(HALVES, ()))
+
+
+def _moved(view: Tensor, first: int, memory: Tensor) -> Tensor:
+    """A view of the scratch from its number `first` on, as the same view of `memory`."""
+    start = view.storage_offset() - first
+    return memory[start : start + view.numel()].view(view.shape)
+
+
+def _fill(place: Tensor, source: Tensor | PackedRun) -> None:
+    if isinstance(source, PackedRun):
+        source.unpack(place)
+    else:
+        place.copy_(source)
 
 
 def scratch_places(c: FlowConfig) -> list[slice]:

@@ -164,13 +164,13 @@ class FusedFlow:
 
     def unpack(self, room: int) -> int:
         """Unpack the weights for good, if they fit `room` bytes; returns the bytes taken. The mel is the same."""
-        sizes = [m.numel() * m.itemsize for block in self._blocks if block.packed for m in block.matrices]
-        if not sizes or sum(sizes) > room:
+        size = sum(block.scratch_bytes for block in self._blocks)
+        if not 0 < size <= room:
             return 0
         self._forget(len(self._graphs))
         for index, block in enumerate(self._blocks):  # one by one, so that only one is there twice
             self._blocks[index] = block.unpacked()
-        return sum(sizes)
+        return size
 
     @torch.inference_mode()
     def prepare(self, frames: int) -> None:

@@ -91,13 +91,13 @@ def test_streams_go_through_the_servers_rows(artifact_of, monkeypatch):
 
 def test_a_request_that_would_have_fallen_silent_is_seen(time):
     def pieces(pause):
-        for before, seconds in ((0.3, 0.5), (0.4, 1.0), (pause, 0.1), (0.01, 0.1)):
+        for before, samples in ((0.3, 50), (0.4, 100), (pause, 10), (0.01, 10)):
             time(before)
-            yield seconds
+            yield samples
         time(0.2)
 
-    assert Heard.of(pieces(0.9)) == Heard(pytest.approx(0.3), pytest.approx(1.81), pytest.approx(1.7), 0)
-    assert Heard.of(pieces(1.9)).late == pytest.approx(0.4 + 1.9 - 1.5)  # before: 1.5 s of audio
+    assert Heard.of(pieces(0.9), 100) == Heard(pytest.approx(0.3), pytest.approx(1.81), 1.7, 0)
+    assert Heard.of(pieces(1.9), 100).late == pytest.approx(0.4 + 1.9 - 1.5)  # before: 1.5 s of audio
 
 
 def test_a_process_is_timed_to_its_first_byte_and_ended():

@@ -87,19 +87,43 @@ def test_logits_of_a_prompt(engines, voice):
         assert relative(found, wanted) < 1.5 * relative(rounded, wanted) + 1e-3
 
 
+def logits_of_rows(engine, shown: list[torch.Tensor]) -> torch.Tensor:
+    """Behind prompts side by side, and behind two more ids of each, the same in every engine: [3, rows, n]."""
+    decoder = engine.decoder(len(shown), positions=400, room=ROOM)
+    for prompt_of_row in shown:
+        decoder.join(prompt_of_row, minimum=ROOM, maximum=ROOM, generator=torch.Generator().manual_seed(1))
+    decoder.prefill()
+    torch.cuda.synchronize()
+    found = [decoder.logits[: len(shown)].float().clone()]
+    device, positions = decoder.logits.device, decoder.positions[: len(shown)].clone()
+    for drawn in (7, 4000):
+        ids = torch.full((len(shown),), drawn, device=device)
+        for row in range(len(shown)):
+            decoder.forward.reserve(row, int(positions[row]) + 1)
+        found.append(decoder.forward(ids, positions, 400).float().clone())
+        positions += 1
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
-def test_rows_begin_as_the_reference_does(engines, voice, rows):
-    """Ragged prompts side by side: the first ids, before roundings lead apart, and each row again by itself."""
+def test_logits_of_rows_side_by_side(engines, voice, rows):
+    """Ragged prompts; in every row what bfloat16 costs, and no more."""
     fused, exact, plain = engines
     shown = [prompt(exact, voice, 40 - 2 * row) for row in range(rows)]
+    found, wanted, rounded = (logits_of_rows(e, shown) for e in (fused, exact, plain))
+    for step in range(3):
+        for row in range(rows):
+            bound = 1.5 * relative(rounded[step, row], wanted[step, row]) + 1e-3
+            assert relative(found[step, row], wanted[step, row]) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+def test_rows_say_the_same_again(engines, voice, rows):
+    fused, exact, _ = engines
+    shown = [prompt(exact, voice, 40 - 2 * row) for row in range(rows)]
     found = ids(fused.decoder(rows, positions=400, room=ROOM), shown)
-    again = ids(fused.decoder(rows, positions=400, room=ROOM), shown)
-    assert found == again
+    assert found == ids(fused.decoder(rows, positions=400, room=ROOM), shown)
     assert all(len(tokens) == ROOM for tokens in found)
-    wanted, rounded = (ids(e.decoder(rows, positions=400, room=ROOM), shown) for e in (exact, plain))
-    agreeing, expected = (sum(a[0] == b[0] for a, b in zip(said, wanted, strict=True)) for said in (found, rounded))
-    # Flat logits: a draw near an edge falls on its other side, with torch's own bfloat16 no less often.
-    assert agreeing >= expected - rows**0.5
 
 
 def test_mel_and_samples(engines, voice):
@@ -138,17 +162,24 @@ def test_five_minutes_in_bounded_memory(engines):
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
 
 
+def test_made_ready_for_many_it_says_the_same(engines, voice):
+    """Its weights are unpacked once and for all. Last but one: it changes the engine."""
+    fused = engines[0]
+    chunk = Chunk(list(range(0, 3300, 100)), voice, True, False, 10)
+    before = fused.mels([chunk])[0]
+    fused.prepare(1 << 30)
+    assert relative(fused.mels([chunk])[0], before) == 0
+
+
 def test_a_voice_that_comes_again_costs_its_own_frames(engines, voice):
     """The third chunk goes on from what the second one kept."""
     fused, exact, plain = engines
-    chunk = Chunk(list(range(0, 3300, 100)), voice, True, False, 10)
-    wanted, rounded = (e.mels([chunk])[0] for e in (exact, plain))
-    packed = fused.mels([chunk])[0]
     fused.prepare(1 << 30)
-    assert torch.equal(fused.mels([chunk])[0], packed)  # its weights are unpacked once and for all
+    chunk = Chunk(list(range(0, 3200, 100)), voice.ending(74), True, False, 10)  # not asked for before
+    wanted, rounded = (e.mels([chunk])[0] for e in (exact, plain))
+    bound = 1.5 * relative(rounded, wanted) + 1e-3
     frames = [fused.frames(chunk)]
-    for _ in range(2):
-        (found,) = fused.mels([chunk])
+    for _ in range(3):
+        assert relative(fused.mels([chunk])[0], wanted) < bound
         frames.append(fused.frames(chunk))
-        assert relative(found, wanted) < 1.5 * relative(rounded, wanted) + 1e-3
-    assert frames == [216, 116, 116]
+    assert [before - frames[0] for before in frames] == [0, 0, -100, -100]
