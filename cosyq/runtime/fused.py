@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cosyq.artifact.reader import Artifact
+from cosyq.kernels.start import hash_compiler
 from cosyq.model.flow import nothing
 from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
@@ -36,6 +37,7 @@ class FusedEngine(TorchEngine):
 
     def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
+        hash_compiler()
         super().__init__(artifact, "fused", device, dtype)
         self._lm = FusedLM(self.llm, dtype)
         self._solver = FusedFlow(self.flow)
