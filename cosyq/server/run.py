@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from types import FrameType
 
@@ -16,6 +17,9 @@ from cosyq.server.settings import Settings
 
 LAST_SECONDS = 1  # for responses that the hard deadline cut
 BACKLOG = 2048
+# Seconds for which a thread may keep Python's lock from another. The engine's launches kernels all the time; with
+# Python's own 5 ms an answer waits for it several times over on its way out (docs/speed.md).
+SWITCH = 0.0005
 
 
 class Server(uvicorn.Server):
@@ -90,7 +94,11 @@ def serve(settings: Settings, listening: socket.socket, loader: Loader) -> None:
     Raises:
         CosyqError: the speaker could not be loaded, or its device has failed.
     """
-    service = Service(settings)
-    Server(service, loader).run(sockets=[listening])
+    service, before = Service(settings), sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        Server(service, loader).run(sockets=[listening])
+    finally:
+        sys.setswitchinterval(before)
     if service.error is not None:
         raise service.error

@@ -5,6 +5,7 @@ import http.client
 import json
 import logging
 import re
+import sys
 import threading
 import time
 
@@ -14,7 +15,7 @@ from serving import BODY, Scripted, decoded, running, says, scripted, tone, unti
 from cosyq.errors import ArtifactError, DeviceError
 from cosyq.server.app import make_app
 from cosyq.server.logs import JsonFormatter
-from cosyq.server.run import LAST_SECONDS
+from cosyq.server.run import LAST_SECONDS, SWITCH, serve
 from cosyq.server.service import Service
 from cosyq.server.settings import Settings
 
@@ -292,3 +293,19 @@ def test_a_stop_does_not_wait_for_one_that_does_not_read():
         server.thread.join(6)
         assert not server.thread.is_alive()
         connection.close()
+
+
+def test_an_answer_waits_less_for_a_thread_that_computes(monkeypatch):
+    seen, before = [], sys.getswitchinterval()
+
+    class Server:
+        def __init__(self, service, loader):
+            pass
+
+        def run(self, sockets):
+            seen.append(sys.getswitchinterval())
+
+    monkeypatch.setattr("cosyq.server.run.Server", Server)
+    serve(Settings(), None, None)
+    assert seen == [pytest.approx(SWITCH)]
+    assert sys.getswitchinterval() == before
