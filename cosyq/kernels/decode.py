@@ -5,7 +5,7 @@ page 0, which is nobody's. All activations between kernels are float32.
 
 A step is bound by the bytes of the weights, by the launches and by what decoding costs. So norms, rotation, SwiGLU and
 residual sums happen where their inputs are read; with programmatic dependent launch a kernel fetches its weights while
-the one before it still computes (only behind `_wait` may anything be read that another kernel wrote); and codes are not
+the one before it still computes (only behind `wait` may anything be read that another kernel wrote); and codes are not
 decoded but multiplied as integers, by inputs as two signed bytes: 15 bits and a sign, of the largest input.
 """
 
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from cosyq.kernels.overlap import let_next_start, wait
 from cosyq.kernels.packed import (
     FOUR_BIT,
     LEVELS,
@@ -55,18 +55,6 @@ class Heads(NamedTuple):
     dim: int
     pages_a_row: int
     page: int
-
-
-@triton.jit
-def _wait(PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-
-
-@triton.jit
-def _let_next_start(PDL: tl.constexpr):
-    if PDL:
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -279,8 +267,8 @@ def _qkv(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr,
     upper_tile = _tile(w, upper, pair < half, W)
     lower_tile = _tile(w, upper + half, pair < half, W)
     upper_bias, lower_bias = tl.load(bias_ptr + upper), tl.load(bias_ptr + upper + half)
-    _let_next_start(PDL)
-    _wait(PDL)
+    let_next_start(PDL)
+    wait(PDL)
     place = tl.load(position_ptr)
     position = tl.maximum(place, 0)
     r = _root_mean_square(x_ptr, eps, W.k, PADDED)
@@ -315,8 +303,8 @@ def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, page_stride, out_
     """
     row, head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_head = head // (HEADS // KV_HEADS)
-    _let_next_start(PDL)
-    _wait(PDL)
+    let_next_start(PDL)
+    wait(PDL)
     position = tl.load(position_ptr + row)
     if number * PAGE <= position:
         page = tl.load(page_ptr + row * page_stride + number).to(tl.int64)
@@ -341,8 +329,8 @@ def _output(part_ptr, stat_ptr, position_ptr, w, x_ptr, W: tl.constexpr, H: tl.c
     """What the heads attended to, projected, added to x."""
     n, valid = _rows(W)
     tile = _tile(w, n, valid, W)
-    _let_next_start(PDL)
-    _wait(PDL)
+    let_next_start(PDL)
+    wait(PDL)
     count = tl.maximum(tl.load(position_ptr), 0) // H.page + 1
     out = _times(tile, _inputs((part_ptr, stat_ptr, count), W, H), w[2], W)
     tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
@@ -355,8 +343,8 @@ def _swiglu(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.conste
     n = tl.program_id(0) * W.tile + tl.arange(0, W.tile)
     valid = n < half
     gate_tile, up_tile = _tile(w, n, valid, W), _tile(w, half + n, valid, W)
-    _let_next_start(PDL)
-    _wait(PDL)
+    let_next_start(PDL)
+    wait(PDL)
     r = _root_mean_square(x_ptr, eps, W.k, PADDED)
     inputs = _inputs((x_ptr, gain_ptr), W)
     gate = _times(gate_tile, inputs, w[2], W) * r
@@ -369,8 +357,8 @@ def _down(inner_ptr, w, x_ptr, W: tl.constexpr, PDL: tl.constexpr):
     """What SwiGLU left, projected, added to x."""
     n, valid = _rows(W)
     tile = _tile(w, n, valid, W)
-    _let_next_start(PDL)
-    _wait(PDL)
+    let_next_start(PDL)
+    wait(PDL)
     out = _times(tile, _inputs((inner_ptr,), W), w[2], W)
     tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
 
@@ -380,8 +368,8 @@ def _head(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexp
     """The normed x times the weight."""
     n, valid = _rows(W)
     tile = _tile(w, n, valid, W)
-    _let_next_start(PDL)
-    _wait(PDL)
+    let_next_start(PDL)
+    wait(PDL)
     out = _times(tile, _inputs((x_ptr, gain_ptr), W), w[2], W) * _root_mean_square(x_ptr, eps, W.k, PADDED)
     tl.store(out_ptr + n, out, mask=valid)
 

@@ -13,7 +13,7 @@ taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads * d
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 
 Under programmatic dependent launch (`PDL`) a kernel starts while the one before it ends: what that one wrote is read
-after `_wait`, and `_let_next_start` comes after it, so that whatever came before the one before is over for the next.
+after `wait`, and `let_next_start` comes after it, so that whatever came before the one before is over for the next.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from cosyq.kernels.overlap import let_next_start, wait
 from cosyq.kernels.packed import INT8_STEP
 
 TILE = 64
@@ -56,22 +56,10 @@ def _overlapping(device: torch.device) -> dict[str, Any]:
 
 
 @triton.jit
-def _wait(PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
-
-
-@triton.jit
-def _let_next_start(PDL: tl.constexpr):
-    if PDL:
-        gdc_launch_dependents()
-
-
-@triton.jit
 def _end_behind(PDL: tl.constexpr):
     """For a kernel that reads nothing of the one before it: it does not end before that one."""
     if tl.program_id(0) == 0:
-        _wait(PDL)
+        wait(PDL)
 
 
 @triton.jit
@@ -154,8 +142,8 @@ def _add_norm(
     at = tl.arange(0, SIZE)[None, :]
     there = at < DIM
     place = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64) * DIM + at
-    _wait(PDL)
-    _let_next_start(PDL)
+    wait(PDL)
+    let_next_start(PDL)
     x = tl.load(residual + place, mask=there, other=0.0)
     if ADD:
         x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
@@ -197,8 +185,8 @@ def _rotate(
     live = rows < end
     place = (rows - start) * (D // 2) + tl.arange(0, D // 2)[None, :]
     c, s = tl.load(cos + place, mask=live, other=0.0), tl.load(sin + place, mask=live, other=0.0)
-    _wait(PDL)
-    _let_next_start(PDL)
+    wait(PDL)
+    let_next_start(PDL)
     at = qkv + (branch + rows) * (3 * INNER) + tl.program_id(1) * INNER + tl.arange(0, D)[None, :]
     even, odd = tl.split(tl.load(at, mask=live, other=0.0).to(tl.float32).reshape(ROWS, D // 2, 2))
     turned = tl.interleave(even * c - odd * s, odd * c + even * s)
@@ -273,8 +261,8 @@ def _attend(
         rows = first + tl.arange(0, TILE)
         channel = tl.arange(0, D)
         live = (rows < end)[:, None]
-        _wait(PDL)
-        _let_next_start(PDL)
+        wait(PDL)
+        let_next_start(PDL)
         q = tl.load(queries + rows[:, None] * stride + channel[None, :], mask=live, other=0.0)
         # A row sees to the end of its block: the tile's first row what all rows see, its last one the most.
         limit = tl.minimum(end, start + ((rows - start) // block + 1) * block)

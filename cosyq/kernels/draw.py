@@ -11,8 +11,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from cosyq.kernels.overlap import let_next_start, wait
 from cosyq.kernels.packed import INT8_STEP
 from cosyq.model.config import SamplingConfig
 
@@ -38,9 +38,8 @@ def _draw(logits_ptr, uniform_ptr, recent_ptr, count_ptr, minimum_ptr, maximum_p
           LONGEST: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, INT8: tl.constexpr,
           PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    let_next_start(PDL)
+    wait(PDL)
     k = tl.arange(0, HIDDEN_PADDED)
     ended = tl.load(finished_ptr + row) != 0
     if ended:

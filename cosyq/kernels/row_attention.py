@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cosyq.kernels.decode import _let_next_start, _wait
+from cosyq.kernels.overlap import let_next_start, wait
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, o
     inside = i < group
     head = kv_head * group + tl.minimum(i, group - 1)
     page = tl.load(page_ptr + tl.load(owner_ptr + row) * page_stride + number)
-    _wait(PDL)
+    wait(PDL)
     last = tl.load(position_ptr + row)
-    _let_next_start(PDL)
+    let_next_start(PDL)
     if number * PAGE <= tl.maximum(last, 0):
         q = tl.load(q_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :])
         out, largest, total = _look(
@@ -85,7 +85,7 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
     i, d, head = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, DIM), tl.program_id(1)
     inside, at = i < M, tl.minimum(i, M - 1)
     table = page_ptr + tl.load(owner_ptr + tl.program_id(0) * TOGETHER) * page_stride
-    _wait(PDL)
+    wait(PDL)
     position = tl.load(position_ptr + at)
     last = tl.max(position, 0)
     q = tl.load(q_ptr + (at * HEADS + head)[:, None] * DIM + d[None, :])
@@ -101,7 +101,7 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
         )  # fmt: skip
         page = following
         number += 1
-    _let_next_start(PDL)
+    let_next_start(PDL)
     out = out / tl.maximum(total, 1e-30)[:, None]  # a row that is nobody's attends to nothing
     to = out_ptr + (i * HEADS + head)[:, None] * DIM + d[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=inside[:, None])

@@ -4,7 +4,7 @@ Each reads every weight that it needs once for a tile of rows. A product that en
 leaves for the next one what a norm needs: x times its gain, in the products' type, and its tile's sum of squares, from
 which the next one makes the factor of a row. So no norm is a kernel, and none reads all of x.
 
-With programmatic dependent launch the next kernel may start behind the product; before `_wait` it may read nothing that
+With programmatic dependent launch the next kernel may start behind the product; before `wait` it may read nothing that
 a kernel wrote. Were it let in sooner, kernels that only wait would take the chip's room from those that run, and from
 other streams.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cosyq.kernels.decode import _let_next_start, _wait
+from cosyq.kernels.overlap import let_next_start, wait
 from cosyq.kernels.packed import INT8_STEP, NESTED_BLOCKS, decode
 
 GAINED = tl.constexpr(1 / 64)  # x times a gain is kept so much smaller, which a float16 needs
@@ -150,9 +150,9 @@ def _begin(x_ptr, gain_ptr, gained_ptr, square_ptr, K: tl.constexpr, PADDED: tl.
            TILES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row, k, tile = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, TILES_PADDED)
     gain = tl.load(gain_ptr + k, mask=k < K, other=0.0)
-    _wait(PDL)
+    wait(PDL)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0.0)
-    _let_next_start(PDL)
+    let_next_start(PDL)
     tl.store(gained_ptr + row * K + k, (x * gain * GAINED).to(gained_ptr.dtype.element_ty), mask=k < K)
     tl.store(square_ptr + row * TILES + tile, tl.where(tile == 0, tl.sum(x * x, 0), 0.0), mask=tile < TILES)
 
@@ -182,7 +182,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
         n = head * DIM + column // pairs * half + tl.program_id(0) % (half // pairs) * pairs + column % pairs
     scale1, scale2 = _row_scales(scale_ptr, upper, KIND), _row_scales(scale_ptr, lower, KIND)
     bias1, bias2, owner = tl.load(bias_ptr + upper), tl.load(bias_ptr + lower), tl.load(owner_ptr + at)
-    _wait(PDL)
+    wait(PDL)
     if WAYS > 1:
         x = _columns(x_ptr, at, 0, K, WAYS, BK)
     squares, place = _squares(square_ptr, at, TILES, TILES_PADDED), tl.load(position_ptr + at)
@@ -196,7 +196,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
     else:
         one, two = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K,
                                        KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
-    _let_next_start(PDL)
+    let_next_start(PDL)
     one = one * factor[:, None] * scale1[None, :] + bias1[None, :]
     two = two * factor[:, None] * scale2[None, :] + bias2[None, :]
     if head < HEADS + KV_HEADS:
@@ -228,11 +228,11 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
     column = tl.arange(0, BN)
     both = tl.minimum(tl.program_id(0) * pairs + column % pairs, N - 1) + column // pairs * N
     scale1, scale2 = _row_scales(scale_ptr, n, KIND), _row_scales(scale_ptr, N + n, KIND)
-    _wait(PDL)
+    wait(PDL)
     factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     gate, up = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, both, 0, SPAN, K,
                                    KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
-    _let_next_start(PDL)
+    let_next_start(PDL)
     gate *= factor[:, None] * scale1[None, :]
     up *= factor[:, None] * scale2[None, :]
     result = gate / (1 + tl.exp(-gate)) * up
@@ -269,7 +269,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
                      BN, BK)  # fmt: skip
     row_scale = _row_scales(scale_ptr, row, KIND)
     gain = tl.load(gain_ptr + row)
-    _wait(PDL)
+    wait(PDL)
     if WAYS > 1:
         y = _columns(y_ptr, at, first, K, WAYS, BK)
     x = tl.load(x_ptr + at[:, None] * N + row[None, :])
@@ -278,7 +278,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
     else:
         total = _accumulate(y_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, SPAN, K, KIND,
                             BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    _let_next_start(PDL)
+    let_next_start(PDL)
     total *= row_scale[None, :]
     if SPLITS == 1:
         _leave(x + total, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N, TILES)
@@ -305,10 +305,10 @@ def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, 
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     at, row = tl.load(which_ptr + tl.minimum(m, M - 1)), tl.minimum(n, N - 1)
     row_scale = _row_scales(scale_ptr, row, KIND)
-    _wait(PDL)
+    wait(PDL)
     factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, SPAN, K, KIND, BLOCK,
                         LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    _let_next_start(PDL)
+    let_next_start(PDL)
     total *= row_scale[None, :] * factor[:, None]
     tl.store(out_ptr + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])
