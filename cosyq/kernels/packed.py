@@ -6,7 +6,7 @@ written to memory. Blocks lie within rows (`quantize.plan` sees to it), so rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -218,6 +218,37 @@ INT8_DOT = "dp4a.s32.s32 $0, $2, $3, 0; dp4a.s32.s32 $1, $2, $4, 0;"
 LEVELS = tl.constexpr(32639)  # of inputs and of 4-bit values, as two signed bytes: 127 * 256 + 127
 
 
+def _picked(codes: str, high: Sequence[int], low: Sequence[int]) -> Iterator[list[str]]:
+    """PTX that leaves bytes of a table's values in h and l, for the first four of eight codes, then for the others.
+
+    codes: the register of them. high, low: a byte each of the table's 16 values.
+    """
+
+    def word(plane: Sequence[int], first: int) -> str:
+        return "0x" + "".join(f"{plane[first + i] & 255:02x}" for i in (3, 2, 1, 0))
+
+    lines = [
+        ".reg .b32 s, m, k, a, b, h, l;",
+        f"and.b32 s, {codes}, 0x77777777;",
+        f"shr.b32 m, {codes}, 3;",
+        "and.b32 m, m, 0x11111111;",
+    ]
+    for half in (0, 1):
+        if half:
+            lines = ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
+        lines.append("prmt.b32 k, 0x0000ff00, 0, m;")
+        for plane, name in ((high, "h"), (low, "l")):
+            w = [word(plane, first) for first in (0, 4, 8, 12)]
+            lines += [
+                f"mov.b32 a, {w[0]};",
+                f"prmt.b32 a, a, {w[1]}, s;",
+                f"mov.b32 b, {w[2]};",
+                f"prmt.b32 b, b, {w[3]}, s;",
+                f"lop3.b32 {name}, a, b, k, 0xd8;",  # b where k, a elsewhere
+            ]
+        yield lines
+
+
 def dot(table: Sequence[float]) -> str:
     """PTX that multiplies a word of eight 4-bit codes by eight inputs in pairs of bytes: $0 * 256 + $1.
 
@@ -228,28 +259,9 @@ def dot(table: Sequence[float]) -> str:
     high = [(level + 128) >> 8 for level in levels]
     low = [level - 256 * byte for level, byte in zip(levels, high, strict=True)]
 
-    def word(plane: list[int], first: int) -> str:
-        return "0x" + "".join(f"{plane[first + i] & 255:02x}" for i in (3, 2, 1, 0))
-
-    lines = [
-        ".reg .b32 s, m, k, a, b, h, l;",
-        "and.b32 s, $2, 0x77777777;",
-        "shr.b32 m, $2, 3;",
-        "and.b32 m, m, 0x11111111;",
-    ]
-    for half in (0, 1):
-        if half:
-            lines += ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
-        lines.append("prmt.b32 k, 0x0000ff00, 0, m;")
-        for plane, name in ((high, "h"), (low, "l")):
-            w = [word(plane, first) for first in (0, 4, 8, 12)]
-            lines += [
-                f"mov.b32 a, {w[0]};",
-                f"prmt.b32 a, a, {w[1]}, s;",
-                f"mov.b32 b, {w[2]};",
-                f"prmt.b32 b, b, {w[3]}, s;",
-                f"lop3.b32 {name}, a, b, k, 0xd8;",
-            ]
+    lines = []
+    for half, picked in enumerate(_picked("$2", high, low)):
+        lines += picked
         sums = ("0", "0") if half == 0 else ("t", "u")
         lines += [
             f"dp4a.s32.s32 t, h, ${3 + half}, {sums[0]};",
@@ -267,29 +279,9 @@ def lookup(table: Sequence[float]) -> str:
     at once, so two of them and a choice by the top bit look up a byte of four values; a float16 has two bytes.
     """
     halves = torch.tensor(table, dtype=torch.float16).view(torch.uint8).view(16, 2)
-
-    def word(plane: int, first: int) -> str:
-        return "0x" + "".join(f"{int(halves[first + i, plane]):02x}" for i in (3, 2, 1, 0))
-
-    lines = [
-        ".reg .b32 s, m, k, a, b, h, l;",
-        "and.b32 s, $4, 0x77777777;",
-        "shr.b32 m, $4, 3;",
-        "and.b32 m, m, 0x11111111;",
-    ]
-    for half in (0, 1):
-        if half:
-            lines += ["shr.b32 s, s, 16;", "shr.b32 m, m, 16;"]
-        lines.append("prmt.b32 k, 0x0000ff00, 0, m;")
-        for plane, name in ((1, "h"), (0, "l")):
-            w = [word(plane, first) for first in (0, 4, 8, 12)]
-            lines += [
-                f"mov.b32 a, {w[0]};",
-                f"prmt.b32 a, a, {w[1]}, s;",
-                f"mov.b32 b, {w[2]};",
-                f"prmt.b32 b, b, {w[3]}, s;",
-                f"lop3.b32 {name}, a, b, k, 0xd8;",  # b where k, a elsewhere
-            ]
+    lines = []
+    for half, picked in enumerate(_picked("$4", halves[:, 1].tolist(), halves[:, 0].tolist())):
+        lines += picked
         lines += [f"prmt.b32 ${half}, l, h, 0x7351;", f"prmt.b32 ${2 + half}, l, h, 0x6240;"]
     return "{ " + " ".join(lines) + " }"
 
