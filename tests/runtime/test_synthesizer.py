@@ -16,7 +16,7 @@ from cosyq.runtime.request import NEUTRAL
 from cosyq.runtime.schedule import shown_prompt
 from cosyq.voices.voice import Voice
 
-TEXT = "hello world, the quick brown fox jumps over the lazy dog again"
+TEXT = "hello world, the quick brown fox"
 
 
 @pytest.fixture(scope="module")
