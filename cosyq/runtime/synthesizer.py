@@ -24,7 +24,7 @@ from cosyq.model.vocoder import StreamState
 from cosyq.runtime.clock import SILENCE, Audio, Clock
 from cosyq.runtime.cpu import CpuEngine
 from cosyq.runtime.decode import Silence
-from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
+from cosyq.runtime.engine import Chunk, Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.interleave import Frame
 from cosyq.runtime.rendering import Rendering
 from cosyq.runtime.request import Manner, Options, Requests, Utterance, find_voice, voice_names
@@ -95,7 +95,7 @@ class Synthesizer:
         return self.clock(manner).audio(self._render(tokens, manner))
 
     def _render(self, tokens: list[int], manner: Manner) -> NDArray[np.float32]:
-        mel = self.engine.mel(tokens, manner.voice, streaming=False, final=True, steps=manner.steps)
+        (mel,) = self.engine.mels([Chunk(tokens, manner.voice, False, True, manner.steps)])
         return self.engine.samples(Pace(manner.speed).frames(mel), StreamState(), final=True).numpy()
 
     def stream(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
