@@ -78,31 +78,30 @@ def _qkv(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr,
 
 
 @triton.jit
-def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, page_stride, out_ptr, stat_ptr, softmax_scale,
-            pages_a_row: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-            PAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One page for one head of one row: its part of the sum, its largest score and its sum of weights.
+def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, out_ptr, stat_ptr, softmax_scale, H: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    """One page for one head: its part of the sum, its largest score and its sum of weights.
 
     The heads of a group read the same keys and values, all but one of them from the cache of the chip.
     """
-    row, head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_head = head // (HEADS // KV_HEADS)
+    head, number = tl.program_id(0), tl.program_id(1)
+    kv_head = head // (H.query // H.kv)
     let_next_start(PDL)
     wait(PDL)
-    position = tl.load(position_ptr + row)
-    if number * PAGE <= position:
-        page = tl.load(page_ptr + row * page_stride + number).to(tl.int64)
-        at, d = tl.arange(0, PAGE), tl.arange(0, DIM)
-        tile = (page * KV_HEADS + kv_head) * PAGE * DIM + at[:, None] * DIM + d[None, :]
-        seen = number * PAGE + at <= position
+    position = tl.load(position_ptr)
+    if number * H.page <= position:
+        page = tl.load(page_ptr + number).to(tl.int64)
+        at, d = tl.arange(0, H.page), tl.arange(0, H.dim)
+        tile = (page * H.kv + kv_head) * H.page * H.dim + at[:, None] * H.dim + d[None, :]
+        seen = number * H.page + at <= position
         keys = tl.load(key_ptr + tile, mask=seen[:, None], other=0.0).to(tl.float32)
         values = tl.load(value_ptr + tile, mask=seen[:, None], other=0.0).to(tl.float32)
-        q = tl.load(q_ptr + (row * HEADS + head) * DIM + d)
+        q = tl.load(q_ptr + head * H.dim + d)
         scores = tl.where(seen, tl.sum(keys * q[None, :], 1) * softmax_scale, float("-inf"))
         largest = tl.max(scores, 0)
         weights = tl.exp(scores - largest)
-        part = (row * HEADS + head) * pages_a_row + number
-        tl.store(out_ptr + part * DIM + d, tl.sum(weights[:, None] * values, 0))
+        part = head * H.pages_a_row + number
+        tl.store(out_ptr + part * H.dim + d, tl.sum(weights[:, None] * values, 0))
         tl.store(stat_ptr + part * 2, largest)
         tl.store(stat_ptr + part * 2 + 1, tl.sum(weights, 0))
 
@@ -175,9 +174,8 @@ TILES = Tiles(qkv=(8, 4), output=(8, 4), swiglu=(8, 4), down=(8, 8), head=(16, 4
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the kernels of a step have to agree on. Of a row's `pages_a_row` only `pages` are in use."""
+    """What the kernels of a step have to agree on. Of the row's `pages_a_row` only `pages` are in use."""
 
-    rows: int
     heads: int
     kv_heads: int
     dim: int
@@ -196,9 +194,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Between the kernels, float32: x [rows, hidden]; q [rows, heads * dim]; parts [rows, heads, pages, dim] with
-    stats [rows, heads, pages, 2]; inner [rows, intermediate]. positions int32 [rows], pages int32 [rows, pages_a_row];
-    cos and sin [positions, dim / 2]."""
+    """Between the kernels, float32: x [1, hidden]; q [heads * dim]; parts [heads, pages_a_row, dim] with stats
+    [heads, pages_a_row, 2]; inner [intermediate]. positions int32 [1], pages int32 [1, pages_a_row]; cos and sin
+    [positions, dim / 2]. Of x, positions and pages there may be further rows, which are left alone."""
 
     x: Tensor
     q: Tensor
@@ -223,21 +221,6 @@ class Layer:
     down: Packed
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, pages: Tensor, parts: Tensor, stats: Tensor,
-    g: Geometry,
-) -> None:  # fmt: skip
-    """`parts` and `stats` of the rows' queries over the pages up to their positions; see `Buffers`.
-
-    pages: the rows' tables [rows, pages_a_row], or one table [pages_a_row] for all of them.
-    """
-    stride = pages.stride(0) if pages.dim() == 2 else 0
-    _attend[(g.rows, g.heads, g.pages)](
-        q, keys, values, positions, pages, stride, parts, stats, g.dim**-0.5, pages_a_row=g.pages_a_row,
-        HEADS=g.heads, KV_HEADS=g.kv_heads, DIM=g.dim, PAGE=PAGE, **g.launch(4),
-    )  # fmt: skip
-
-
 def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometry) -> None:
     """x of one row after one layer, in place; keys and values [pages, kv_heads, PAGE, dim] gain the row's position."""
     t, width = TILES, triton.next_power_of_2(b.x.shape[1])
@@ -247,7 +230,9 @@ def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometr
         b.x, layer.attention_norm, layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.pages,
         b.q, keys, values, g.eps, W=matrix(layer.qkv, pairs), H=g.sizes, PADDED=width, **g.launch(t.qkv[1]),
     )  # fmt: skip
-    attend(b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g)
+    _attend[(g.heads, g.pages)](
+        b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g.dim**-0.5, H=g.sizes, **g.launch(4)
+    )
     _output[(triton.cdiv(layer.output.n, t.output[0]),)](
         b.parts, b.stats, b.positions, layer.output.pointers, b.x, W=matrix(layer.output, t.output[0]), H=g.sizes,
         **g.launch(t.output[1]),

@@ -232,6 +232,7 @@ def times(tile, inputs, table_ptr, W: tl.constexpr):
 
 
 def matrix(w: Packed, tile: int) -> Matrix:
+    """Of `w`, in tiles of so many rows."""
     first, rest = parts_of(w.k, w.block)
     if first == rest and w.kind in (FOUR_BIT.value, NESTED.value):  # wide enough for loads of 16 bytes
         first, rest = 2 * first, 0
