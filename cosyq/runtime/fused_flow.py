@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from cosyq.kernels import dit as kernels
+from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
-from cosyq.runtime.flow_weights import Block, convolutions, scratch_places
+from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
@@ -31,6 +32,7 @@ MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
+_Input = Tensor | tuple[Tensor, Tensor]  # of a product: plain, or codes and what one of each row is
 _Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
@@ -275,22 +277,23 @@ class FusedFlow:
             tails, frames = keep[0], keep[1].shape[2]
             for tail, read in zip(tails, (v.change, v.normed), strict=True):
                 tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
-        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
+        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
-            _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
+            _product(_input(v, block.qkv), block.qkv, block.qkv_bias, v.qkv)
             kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
             if keep is not None:
                 keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
             kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
-            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
-            kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
+            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
+            _product(_input(v, block.up), block.up, block.up_bias, v.hidden, gelu=True)
             _product(v.hidden, block.down, block.down_bias, v.change)
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
-            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, v.normed, NORM_EPS)
+            into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
+            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
         kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
 
@@ -325,5 +328,18 @@ def _branches(rows: Tensor, frames: int) -> Tensor:
     return rows.view(2, -1, rows.shape[1])[:, :frames]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    torch.addmm(bias, x, weight.T, out=out)
+def _input(v: View, weight: Tensor | Codes) -> _Input:
+    """Where a norm leaves what a matrix is multiplied by."""
+    return v.coded if isinstance(weight, Codes) else v.normed
+
+
+def _product(x: _Input, weight: Tensor | Codes, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
+    if isinstance(weight, Codes):
+        assert isinstance(x, tuple)
+        times_codes(x, (weight.codes, weight.absmax), bias, out, gelu=gelu)
+        return
+    assert isinstance(x, Tensor)
+    if gelu:
+        kernels.linear_gelu(x, weight, bias, out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
