@@ -18,22 +18,22 @@ from cosyq.quantize.linear import DequantLinear
 # Of a block, what is unpacked together: before its first product, and beside its attention.
 HALVES: dict[str, tuple[str, ...]] = {"attention": ("qkv", "out"), "feed-forward": ("up", "down")}
 CODED = ("qkv", "up")  # what may be multiplied as it is stored
+SHORT = (torch.bfloat16, torch.float16)  # arithmetic in which it is
 BESIDE: dict[str, tuple[str, ...]] = {"attention": (), "feed-forward": ("up", "down", "out")}  # if that takes codes
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A matrix that is multiplied as it is stored."""
+    """A matrix that is multiplied as it is stored: int8 [outputs, width], and the rows' absmax, float32 [outputs]."""
 
-    codes: Tensor  # [outputs, width] int8
-    absmax: Tensor  # of each row, float32 [outputs]
+    matrix: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, layers: Sequence[Any]) -> Codes:
         """Of layers in int8 with one input. It begins where its kernel can read it from."""
         first, *others = (layer.packed["weight"] for layer in layers)
         codes = torch.cat([first, *others]) if others or first.data_ptr() % 16 else first
-        return cls(codes, torch.cat([layer.packed["SCB"] for layer in layers]))
+        return cls((codes, torch.cat([layer.packed["SCB"] for layer in layers])))
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _as_stored(layers: Sequence[Any], dtype: torch.dtype) -> bool:
     """Whether layers with one input are multiplied as codes, which rounds the input to eight bits."""
     outputs = sum(layer.shape[0] for layer in layers if isinstance(layer, DequantLinear))
     return (
-        dtype.itemsize == 2
+        dtype in SHORT
         and all(isinstance(layer, DequantLinear) and layer.format.name == "int8" for layer in layers)
         and fits(outputs, layers[0].shape[1])
     )

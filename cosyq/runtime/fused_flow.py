@@ -32,7 +32,6 @@ MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
-_Input = Tensor | tuple[Tensor, Tensor]  # of a product: plain, or codes and what one of each row is
 _Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
@@ -281,15 +280,22 @@ class FusedFlow:
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
-            _product(_input(v, block.qkv), block.qkv, block.qkv_bias, v.qkv)
-            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
+            if isinstance(block.qkv, Codes):
+                turn = *v.rope, v.positions
+                times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv, turn=turn)
+            else:
+                _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
+                kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
             if keep is not None:
                 keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
             kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
-            _product(_input(v, block.up), block.up, block.up_bias, v.hidden, gelu=True)
+            if isinstance(block.up, Codes):
+                times_codes(v.coded, block.up.matrix, block.up_bias, v.hidden, gelu=True)
+            else:
+                kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
             _product(v.hidden, block.down, block.down_bias, v.change)
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
@@ -328,18 +334,10 @@ def _branches(rows: Tensor, frames: int) -> Tensor:
     return rows.view(2, -1, rows.shape[1])[:, :frames]
 
 
-def _input(v: View, weight: Tensor | Codes) -> _Input:
+def _input(v: View, weight: Tensor | Codes) -> Tensor | tuple[Tensor, Tensor]:
     """Where a norm leaves what a matrix is multiplied by."""
     return v.coded if isinstance(weight, Codes) else v.normed
 
 
-def _product(x: _Input, weight: Tensor | Codes, bias: Tensor, out: Tensor, *, gelu: bool = False) -> None:
-    if isinstance(weight, Codes):
-        assert isinstance(x, tuple)
-        times_codes(x, (weight.codes, weight.absmax), bias, out, gelu=gelu)
-        return
-    assert isinstance(x, Tensor)
-    if gelu:
-        kernels.linear_gelu(x, weight, bias, out)
-    else:
-        torch.addmm(bias, x, weight.T, out=out)
+def _product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    torch.addmm(bias, x, weight.T, out=out)
