@@ -17,8 +17,7 @@ from cosyq.quantize.linear import DequantLinear
 
 # Of a block, what is unpacked together: before its first product, and beside its attention.
 HALVES: dict[str, tuple[str, ...]] = {"attention": ("qkv", "out"), "feed-forward": ("up", "down")}
-CODED = ("qkv", "up")  # what may be multiplied as it is stored
-SHORT = (torch.bfloat16, torch.float16)  # arithmetic in which it is
+CODED = ("qkv", "up")  # what a norm comes before, and may be multiplied as it is stored
 BESIDE: dict[str, tuple[str, ...]] = {"attention": (), "feed-forward": ("up", "down", "out")}  # if that takes codes
 
 
@@ -115,11 +114,12 @@ class Block:
     parts: dict[str, tuple[_Part, ...]]
 
     @classmethod
-    def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> Block:
+    def of(cls, block: Any, config: FlowConfig, scratch: Tensor, *, coded: bool) -> Block:
+        """coded: in int8 what can be is multiplied as it is stored, by inputs that are rounded to eight bits."""
         a, f = block.attn, block.ff
         groups = {"qkv": [a.to_q, a.to_k, a.to_v], "out": [a.to_out], "up": [f.up], "down": [f.down]}
         places = dict(zip(groups, (scratch[place] for place in scratch_places(config)), strict=True))
-        codes = {name: Codes.of(groups[name]) for name in CODED if _as_stored(groups[name], scratch.dtype)}
+        codes = {name: Codes.of(groups[name]) for name in CODED if coded and _as_stored(groups[name])}
         found = {name: _matrix(groups[name], places[name]) for name in groups if name not in codes}
         matrices = {name: matrix for name, (matrix, _) in found.items()}
         return cls(
@@ -204,14 +204,10 @@ def scratch_places(c: FlowConfig) -> list[slice]:
     ]
 
 
-def _as_stored(layers: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Whether layers with one input are multiplied as codes, which rounds the input to eight bits."""
-    outputs = sum(layer.shape[0] for layer in layers if isinstance(layer, DequantLinear))
-    return (
-        dtype in SHORT
-        and all(isinstance(layer, DequantLinear) and layer.format.name == "int8" for layer in layers)
-        and fits(outputs, layers[0].shape[1])
-    )
+def _as_stored(layers: Sequence[Any]) -> bool:
+    """Whether layers with one input can be multiplied as they are stored."""
+    whole = all(isinstance(layer, DequantLinear) and layer.format.name == "int8" for layer in layers)
+    return whole and fits(sum(layer.shape[0] for layer in layers), layers[0].shape[1])
 
 
 def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:

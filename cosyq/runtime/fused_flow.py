@@ -52,9 +52,12 @@ class Utterance:
 
 
 class FusedFlow:
-    """A `Flow`'s call, faster; for one thread at a time. Takes the flow apart: its estimator is used up."""
+    """A `Flow`'s call, faster; for one thread at a time. Takes the flow apart: its estimator is used up.
 
-    def __init__(self, flow: Flow):
+    coded: int8 weights behind a norm are multiplied as they are stored, and what it gives is rounded to eight bits.
+    """
+
+    def __init__(self, flow: Flow, *, coded: bool = False):
         estimator, self.config = flow.estimator, flow.config
         self.dtype, self.device = estimator.dtype, estimator.proj_out.weight.device
         self._tables = {
@@ -71,7 +74,7 @@ class FusedFlow:
         )
         self._blocks: list[Block] = []
         for index in range(self.config.depth):  # one by one, so that only one is there twice
-            self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch))
+            self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch, coded=coded))
             estimator.blocks[index] = nn.Identity()
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
