@@ -208,7 +208,7 @@ def rounded(_, args):
 
 def test_products_of_codes_are_those_of_rounded_inputs():
     """In float32, where next to no code falls the other way; streamed, beside another, and after a kept prompt."""
-    wide = replace(SMALL, dim=256, heads=2, head_dim=128, ff_dim=256, conv_groups=2)
+    wide = replace(SMALL, dim=256, heads=4, head_dim=64, ff_dim=256, conv_groups=2)
     plain, fused = network(INT8, config=wide), FusedFlow(network(INT8, config=wide), coded=True)
     exact = called(plain, STREAMED, 1)
     for block in plain.estimator.blocks:
