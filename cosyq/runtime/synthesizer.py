@@ -24,7 +24,7 @@ from cosyq.model.vocoder import StreamState
 from cosyq.runtime.clock import SILENCE, Audio, Clock
 from cosyq.runtime.cpu import CpuEngine
 from cosyq.runtime.decode import Silence
-from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
+from cosyq.runtime.engine import Chunk, Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.interleave import Frame
 from cosyq.runtime.rendering import Rendering
 from cosyq.runtime.request import Manner, Options, Requests, Utterance, find_voice, voice_names
@@ -57,7 +57,12 @@ class Synthesizer:
             UsageError: the text, the voice or an option is not usable.
             DeviceError: the device ran out of memory or of finite numbers.
         """
-        parts = list(self.utterances(text, **options))
+        manner = self.requests.manner(options)
+        return self.whole(self.requests.utterances(text, manner), manner)
+
+    def whole(self, utterances: list[Utterance], manner: Manner) -> Audio:
+        """Speak utterances that `requests` made, and return them as one."""
+        parts = list(self._utterances(utterances, manner))
         samples, said = np.concatenate([part.samples for part in parts]), " ".join(part.text for part in parts)
         return replace(parts[-1], samples=samples, text=said, utterance=0)
 
@@ -90,7 +95,7 @@ class Synthesizer:
         return self.clock(manner).audio(self._render(tokens, manner))
 
     def _render(self, tokens: list[int], manner: Manner) -> NDArray[np.float32]:
-        mel = self.engine.mel(tokens, manner.voice, streaming=False, final=True, steps=manner.steps)
+        (mel,) = self.engine.mels([Chunk(tokens, manner.voice, False, True, manner.steps)])
         return self.engine.samples(Pace(manner.speed).frames(mel), StreamState(), final=True).numpy()
 
     def stream(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
