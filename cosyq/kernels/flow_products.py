@@ -36,9 +36,8 @@ def _gelu(x):
 
 @triton.jit
 def _times_codes(
-    x, x_scales, weight, weight_scales, bias, out, cos, sin, positions,
-    WIDTH: tl.constexpr, GELU: tl.constexpr, TURN: tl.constexpr, INNER: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    x, x_scales, weight, weight_scales, bias, out,
+    WIDTH: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
     rows, outputs = m + tl.arange(0, BM), n + tl.arange(0, BN)
@@ -52,13 +51,6 @@ def _times_codes(
     y = total.to(tl.float32) * tl.load(x_scales + rows)[:, None] * scale[None, :] + added[None, :]
     if GELU:
         y = _gelu(y)
-    if TURN and ((n == 0) | (n == INNER)):
-        pair = tl.arange(0, BN // 2)[None, :]
-        place = tl.load(positions + rows)[:, None] * (TURN // 2) + pair
-        c = tl.load(cos + place, mask=pair < TURN // 2, other=1.0)
-        s = tl.load(sin + place, mask=pair < TURN // 2, other=0.0)
-        even, odd = tl.split(y.reshape(BM, BN // 2, 2))
-        y = tl.interleave(even * c - odd * s, odd * c + even * s)
     out.store([m, n], y.to(out.dtype))
 
 
@@ -67,29 +59,19 @@ def fits(outputs: int, width: int) -> bool:
 
 
 def times_codes(
-    x: tuple[Tensor, Tensor],
-    weight: tuple[Tensor, Tensor],
-    bias: Tensor,
-    out: Tensor,
-    *,
-    gelu: bool = False,
-    turn: tuple[Tensor, Tensor, Tensor] | None = None,
+    x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor], bias: Tensor, out: Tensor, *, gelu: bool = False
 ) -> None:
     """out [rows, outputs] = inputs times weights, plus bias, and GELU of it.
 
     x: int8 [rows, width], and what a code of each row is, float32. weight: int8 [outputs, width], and the rows' absmax,
     float32. Sizes are multiples of `ROWS`, `WIDTH` and `OUTPUTS`; codes begin at a multiple of 16 bytes.
-    turn: of queries, keys and values; head 0 of the first two is turned as by `dit.rotate`. Cosines and sines, each
-    [positions, d / 2] float32, and the position of every row, int32.
     """
     (codes, scales), (weights, absmax) = x, weight
     rows, outputs = out.shape
-    cos, sin, positions = turn if turn is not None else (scales, scales, scales)
     bm, bn, bk, warps, stages, _ = next(t for t in TILES if rows // t[0] * (outputs // t[1]) >= t[5])
     _times_codes[(rows // bm, outputs // bn)](
         TensorDescriptor.from_tensor(codes, [bm, bk]), scales, TensorDescriptor.from_tensor(weights, [bn, bk]), absmax,
-        bias, TensorDescriptor.from_tensor(out, [bm, bn]), cos, sin, positions,
-        WIDTH=codes.shape[1], GELU=gelu, TURN=0 if turn is None else 2 * cos.shape[1], INNER=outputs // 3,
-        BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages, maxnreg=128 if warps == 8 else None,
+        bias, TensorDescriptor.from_tensor(out, [bm, bn]),
+        WIDTH=codes.shape[1], GELU=gelu, BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages,
         **overlapping(out.device),
     )  # fmt: skip

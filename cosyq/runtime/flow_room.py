@@ -27,8 +27,6 @@ class View:
     change: Tensor  # [rows, dim], the same memory, but not the hidden's
     velocity: Tensor  # [rows, mel]
     rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
-    order: Tensor  # [positions] int32, from nought
-    positions: Tensor  # [rows] int32, of each in its sequence
     tiles: Tensor
     pasts: Tensor
 
@@ -42,7 +40,6 @@ class View:
         self.x[rows] = noise[frames]
         both = self.given.view(2, len(self.x), -1)
         both[:, rows, :mel] = noise[frames]
-        self.positions.view(2, -1)[:, rows] = self.order[frames]
         condition = both[0, rows, mel:]
         condition[: max(len(prompt) - frames.start, 0), :mel] = prompt[frames]
         condition[:, mel:-mel] = told.encoded[frames]
@@ -81,8 +78,6 @@ class Room:
         }
         self._codes = torch.zeros(2 * half, c.dim, dtype=torch.int8, device=device)
         self._steps = torch.zeros(2 * half, device=device)
-        self._order = torch.arange(positions, dtype=torch.int32, device=device)
-        self._positions = torch.zeros(2 * half, dtype=torch.int32, device=device)
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
         self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
@@ -116,8 +111,6 @@ class Room:
             change=part("wide", c.dim, c.ff_dim),
             velocity=part("velocity", c.mel_dim),
             rope=self._rope,
-            order=self._order,
-            positions=self._positions[:rows],
             tiles=self._table[:tiles],
             pasts=self._pasts[:tiles],
         )

@@ -285,11 +285,10 @@ class FusedFlow:
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
             if isinstance(block.qkv, Codes):
-                turn = *v.rope, v.positions
-                times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv, turn=turn)
+                times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv)
             else:
                 _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-                kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
+            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
             if keep is not None:
                 keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
             kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)

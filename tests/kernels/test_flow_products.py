@@ -42,21 +42,6 @@ def test_sums_of_codes_are_exact(rows, outputs, gelu):
     assert relative(out, F.gelu(expected, approximate="tanh") if gelu else expected) < EXACT
 
 
-@pytest.mark.parametrize(("rows", "outputs"), CASES[1:])
-def test_head_0_of_queries_and_keys_is_turned(rows, outputs):
-    """As by the kernel that does only that."""
-    x, weight, bias, _ = given(rows, outputs)
-    plain, turned = torch.empty(rows, outputs), torch.empty(rows, outputs)
-    angles = torch.rand(rows, 16)
-    rope, half = (angles.cos(), angles.sin()), rows // 2
-    times_codes(x, weight, bias, plain)
-    tiles = dit.tile_table([40, half - 40], [1, 1], half // dit.TILE + 2)
-    dit.rotate(plain, rope, tiles, torch.zeros(len(tiles), 2, dtype=torch.int64))
-    positions = torch.cat([torch.arange(40), torch.arange(half - 40)]).repeat(2).int()
-    times_codes(x, weight, bias, turned, turn=(*rope, positions))
-    assert relative(turned, plain) < EXACT
-
-
 def test_which_matrices_fit():
     assert fits(3072, 1024)
     assert not fits(3072, 1024 + 128)
