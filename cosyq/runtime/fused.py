@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cosyq.artifact.reader import Artifact
-from cosyq.kernels.start import hash_compiler
+from cosyq.kernels.start import begin_products, hash_compiler
 from cosyq.model.flow import nothing
 from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
@@ -37,13 +37,16 @@ class FusedEngine(TorchEngine):
 
     def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
+        os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")  # it would read all that led to a kernel, too
         hash_compiler()
+        products = begin_products(device, dtype)
         super().__init__(artifact, "fused", device, dtype)
         self._lm = FusedLM(self.llm, dtype)
         self._solver = FusedFlow(self.flow)
         self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]
         self._alone: FusedDecoder | None = None
         self._pasts = Pasts()
+        products.join()
 
     def prepare(self, room: int) -> None:
         self._pasts.room = room - self._solver.unpack(room // 2)
