@@ -77,6 +77,8 @@ class Web(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+    disable_nagle_algorithm = True  # a body would wait 40 ms behind its headers
+
     def do_GET(self):
         self.server.asked.append(self.path)
         page = self.server.pages.get(self.path)
@@ -102,7 +104,7 @@ def web(folder):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
     server = Web(context)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # how soon it ends
     yield server
     server.shutdown()
     server.server_close()

@@ -90,6 +90,7 @@ class Hub(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms behind its headers
     server: Hub
 
     # ---- answers
@@ -368,7 +369,7 @@ def _entry(name, content):
 @contextmanager
 def hub():
     server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # how soon it ends
     yield server
     server.shutdown()
     server.server_close()

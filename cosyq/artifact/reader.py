@@ -8,7 +8,7 @@ Nothing from an artifact is executed. yaml, bitsandbytes and the source checkpoi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -50,12 +50,8 @@ class Artifact:
     def formats(self) -> dict[str, Format]:
         return {record.name: record.format for record in self.manifest.modules}
 
-    @cached_property
-    def _inventories(self) -> dict[Stage, list[Module]]:
-        return {stage: inventory(stage, self.manifest.model, steps=self.manifest.flow_steps) for stage in STAGES}
-
-    def modules(self, stage: Stage) -> list[Module]:
-        return self._inventories[stage]
+    def modules(self, stage: Stage) -> tuple[Module, ...]:
+        return inventory(stage, self.manifest.model, steps=self.manifest.flow_steps)
 
     def voice_files(self) -> dict[str, Path]:
         """The voices that came with the artifact or were put beside them, by name."""
@@ -128,7 +124,7 @@ def check_file(path: Path, record: FileRecord, *, full: bool) -> None:
             )
 
 
-def stage_tensors(modules: list[Module], formats: dict[str, Format]) -> Specs:
+def stage_tensors(modules: Iterable[Module], formats: dict[str, Format]) -> Specs:
     """Every tensor of a stage's file: name -> (dtype, shape)."""
     return {
         _tensor_name(module, name): spec

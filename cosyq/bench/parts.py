@@ -1,4 +1,4 @@
-"""One engine, one request at a time: each stage by itself, then a sentence, whole and as a stream.
+"""One engine, one request at a time: each stage by itself, then speech, whole and as a stream.
 
 A stage is given random numbers of a likely size: what it costs does not depend on what it says.
 """
@@ -6,7 +6,7 @@ A stage is given random numbers of a likely size: what it costs does not depend 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from cosyq.bench.timing import Repeat, Spread, synchronize
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import Part
 from cosyq.runtime.engine import Engine
-from cosyq.runtime.request import Manner
+from cosyq.runtime.request import Manner, Options
 from cosyq.runtime.synthesizer import Synthesizer
 
 WORDS = "the quick brown fox jumps over the lazy dog and then it rests. "
@@ -50,10 +50,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Speech:
-    """A sentence; a real-time factor is seconds of work a second of audio."""
+    """An utterance of a given number of speech ids, whole; and a sentence, as long as it gets, streamed.
 
-    audio_seconds: float
+    A real-time factor is seconds of work a second of audio.
+    """
+
+    whole_audio_seconds: float
     real_time_factor: Spread
+    audio_seconds: float  # of the sentence
     streamed_real_time_factor: Spread
     first_audio_seconds: Spread
 
@@ -94,31 +98,38 @@ def vocoder(repeat: Repeat, engine: Engine, tokens: int) -> Stage:
     return Stage(Spread.of(repeat.seconds("vocoder", lambda: engine.samples(mel, StreamState(), final=True))))
 
 
-def speech(repeat: Repeat, tts: Synthesizer, manner: Manner) -> Speech:
-    options: dict[str, Any] = {"voice": manner.voice, "steps": manner.steps, "seed": SEED}
+def speech(repeat: Repeat, tts: Synthesizer, manner: Manner, tokens: int) -> Speech:
+    """All that `Synthesizer.synthesize` does, but that `tokens` speech ids are drawn; and `Synthesizer.stream`.
+
+    Where more of those ids are silent in a row than a listener hears, the audio is shorter than they are.
+    """
+    options: Options = {"voice": manner.voice, "steps": manner.steps, "seed": SEED}
     rate, device = tts.sample_rate, tts.engine.device
 
     def whole() -> tuple[float, float]:
         """Seconds of audio, and of work."""
         synchronize(device)
         started = time.perf_counter()
-        samples = tts.synthesize(WORDS, **options).samples
+        asked = tts.requests.manner(options)
+        utterance = tts.requests.utterances(WORDS, asked)[0]
+        exact = replace(utterance, part=replace(utterance.part, minimum=tokens, maximum=tokens))
+        samples = tts.whole([exact], asked).samples
         return len(samples) / rate, time.perf_counter() - started
 
-    def streamed() -> tuple[float, float]:
-        """Seconds to the first audio, and to the last."""
+    def streamed() -> tuple[float, float, float]:
+        """Seconds of audio, and of work until the first of it and until the last."""
         synchronize(device)
-        started, first = time.perf_counter(), 0.0
-        for _ in tts.stream(WORDS, **options):
+        started, first, count = time.perf_counter(), 0.0, 0
+        for chunk in tts.stream(WORDS, **options):
             first = first or time.perf_counter() - started
-        return first, time.perf_counter() - started
+            count += len(chunk.samples)
+        return count / rate, first, time.perf_counter() - started
 
-    done = repeat("a sentence", whole)
-    audio = done[0][0]  # the same in every run: the seed fixes it
-    chunks = repeat("a sentence, streamed", streamed)
+    done, chunks = repeat("an utterance", whole), repeat("a sentence, streamed", streamed)
     return Speech(
-        audio_seconds=audio,
-        real_time_factor=Spread.of(work / audio for _, work in done),
-        streamed_real_time_factor=Spread.of(last / audio for _, last in chunks),
-        first_audio_seconds=Spread.of(first for first, _ in chunks),
+        whole_audio_seconds=done[0][0],  # the same in every run: the seed fixes it
+        real_time_factor=Spread.of(work / audio for audio, work in done),
+        audio_seconds=chunks[0][0],
+        streamed_real_time_factor=Spread.of(last / audio for audio, _, last in chunks),
+        first_audio_seconds=Spread.of(first for _, first, _ in chunks),
     )

@@ -31,7 +31,7 @@ class Wanted:
     parts: serve brings streams along, which it is compared with.
     voice, steps: as in `runtime.request.Options`; without a voice, and of an artifact that has none, a random one.
     engine, device, dtype: as in `runtime.synthesizer.load`.
-    seconds: of audio, of a stage by itself.
+    seconds: of audio, of a stage by itself and of an utterance that is spoken whole.
     runs: of each part; None leaves it to the device.
     streams: how many at once, one count after another.
     """
@@ -93,7 +93,7 @@ def bench(artifact: Artifact, wanted: Wanted, say: Say) -> Results:
 
 
 def _asked(artifact: Artifact, wanted: Wanted) -> tuple[Manner, int]:
-    """How to speak, and how many speech ids the stages are given."""
+    """How to speak, and how many speech ids the stages and an utterance are of."""
     nobody = wanted.voice is None and not artifact.voice_files()
     requests, model = Requests(artifact), artifact.manifest.model
     voice = random_voice(parts.SEED) if nobody else wanted.voice
@@ -137,7 +137,7 @@ def _on_one_engine(
     if "vocoder" in chosen:
         found = replace(found, vocoder=parts.vocoder(repeat, engine, tokens))
     if "speech" in chosen:
-        found = replace(found, speech=parts.speech(repeat, tts, manner))
+        found = replace(found, speech=parts.speech(repeat, tts, manner, tokens))
     found = replace(found, memory_bytes=Held(engine.weights, before, loaded, machine.memory(device)))
     spoken = None
     if chosen & {"streams", "serve"}:

@@ -46,7 +46,7 @@ def bench(
     streams: Annotated[
         str, typer.Option(metavar="N,...", help="How many at once, in the parts streams and serve.")
     ] = "1,4,16",
-    seconds: Annotated[int, typer.Option(min=1, max=60, help="Of audio that a stage makes by itself.")] = 10,
+    seconds: Annotated[int, typer.Option(min=1, max=60, help="Of audio: a stage by itself, speech whole.")] = 10,
     runs: Annotated[
         int | None,
         typer.Option(
@@ -64,8 +64,8 @@ def bench(
 ) -> None:
     """Measure how fast an artifact speaks on this machine, beside what the machine could do at best.
 
-    The stages by themselves (llm, flow, vocoder), a sentence whole and streamed (speech), several requests at once
-    (streams), the same over HTTP with what that adds to a request (serve, which brings streams along), and new
+    The stages by themselves (llm, flow, vocoder), an utterance whole and a sentence streamed (speech), several requests
+    at once (streams), the same over HTTP with what that adds to a request (serve, which brings streams along), and new
     processes (cold). With cosyq-mini on two cores the default's parts take half a minute, streams one minute more,
     serve several and cold half of one. The published model takes no longer on a GPU, and on a CPU tens of times as
     long: name parts there, and --runs 1. --random full takes 4.2 GB of a temporary folder for its time, and half a

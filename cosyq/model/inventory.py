@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -64,13 +65,14 @@ def skeleton(stage: Stage, config: ModelConfig, *, steps: tuple[int, ...], dtype
         return Vocoder(config.vocoder)
 
 
-def inventory(stage: Stage, config: ModelConfig, *, steps: tuple[int, ...]) -> list[Module]:
+@lru_cache(maxsize=16)
+def inventory(stage: Stage, config: ModelConfig, *, steps: tuple[int, ...]) -> tuple[Module, ...]:
     """The stage's modules in the order of its network; the LLM's begin with the text embedding, a host's look-up."""
-    modules = list(_modules(stage, skeleton(stage, config, steps=steps, dtype=torch.float32)))
+    modules = _modules(stage, skeleton(stage, config, steps=steps, dtype=torch.float32))
     if stage == "llm":
         shape = (config.llm.text_rows, config.llm.hidden_size)
-        modules.insert(0, Module("llm.text_embedding", "embedding", {"weight": shape}))
-    return modules
+        return (Module("llm.text_embedding", "embedding", {"weight": shape}), *modules)
+    return tuple(modules)
 
 
 def _modules(stage: Stage, network: nn.Module) -> Iterator[Module]:

@@ -57,7 +57,12 @@ class Synthesizer:
             UsageError: the text, the voice or an option is not usable.
             DeviceError: the device ran out of memory or of finite numbers.
         """
-        parts = list(self.utterances(text, **options))
+        manner = self.requests.manner(options)
+        return self.whole(self.requests.utterances(text, manner), manner)
+
+    def whole(self, utterances: list[Utterance], manner: Manner) -> Audio:
+        """Speak utterances that `requests` made, and return them as one."""
+        parts = list(self._utterances(utterances, manner))
         samples, said = np.concatenate([part.samples for part in parts]), " ".join(part.text for part in parts)
         return replace(parts[-1], samples=samples, text=said, utterance=0)
 

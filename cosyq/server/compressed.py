@@ -33,6 +33,8 @@ class _Pipe:
 class Compressed:
     """A codec in its container."""
 
+    light = False
+
     def __init__(self, wire: Wire, sample_rate: int):
         self._pipe, self._rate, self._position = _Pipe(), sample_rate, 0
         options = {"flush_packets": "1", **dict(wire.options)}
@@ -61,6 +63,8 @@ class Compressed:
 
 class Stretched:
     """ffmpeg's atempo before an encoder. It works in windows and ends up to 25 ms off, which is put right here."""
+
+    light = False
 
     def __init__(self, encoder: Encoder, sample_rate: int, tempo: float):
         self._encoder, self._rate, self._tempo = encoder, sample_rate, tempo

@@ -115,7 +115,7 @@ class Delivery:
             if len(chunk.samples):
                 self._metrics.first_audio.observe(time.monotonic() - speech.accepted)
                 self._fields["first_audio_seconds"] = round(time.monotonic() - speech.accepted, 4)
-                return await asyncio.to_thread(self._encoder.encode, chunk.samples)
+                return await self._encoded(chunk)
         raise CosyqError("no audio came of it")
 
     async def _while_wanted(self, work: Coroutine[Any, Any, bytes], gone: Coroutine[Any, Any, Any]) -> bytes:
@@ -147,6 +147,11 @@ class Delivery:
             self._note(chunk)
         return chunk
 
+    async def _encoded(self, chunk: Chunk) -> bytes:
+        """Each change of threads waits for Python's lock, which whoever computes gives up late."""
+        encode = self._encoder.encode
+        return encode(chunk.samples) if self._encoder.light else await asyncio.to_thread(encode, chunk.samples)
+
     def _note(self, chunk: Chunk) -> None:
         start, self._samples = self._samples, self._samples + len(chunk.samples)
         end = round((self._samples - chunk.pause) / self._rate, 3)
@@ -164,9 +169,10 @@ class Delivery:
             if self._head:
                 yield self._head
             while (chunk := await self._next()) is not None:
-                if data := await asyncio.to_thread(self._encoder.encode, chunk.samples):
+                if data := await self._encoded(chunk):
                     yield data
-            if data := await asyncio.to_thread(self._encoder.finish):
+            finish = self._encoder.finish
+            if data := finish() if self._encoder.light else await asyncio.to_thread(finish):
                 yield data
             self._outcome = "cut" if self._last and self._last.finish == "length" else "ok"
         except Exception:

@@ -21,6 +21,10 @@ Samples = NDArray[np.float32]
 
 
 class Encoder(Protocol):
+    """`light` ones take less time than a thread would to hear of it."""
+
+    light: bool
+
     def encode(self, samples: Samples) -> bytes:
         """The next samples, [n] float32 in -1..1 -> what can be sent by now, possibly nothing."""
 
@@ -88,6 +92,8 @@ def _compressed() -> ModuleType | None:
 
 class _Plain:
     """s16le, after a header or none."""
+
+    light = True
 
     def __init__(self, format: Format, sample_rate: int):
         self._header = wav_header(sample_rate) if format == "wav" else b""

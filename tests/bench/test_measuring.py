@@ -140,7 +140,7 @@ FULL = Results(
     language_model=LM,
     flow=Stage(Spread(0.02, 0.019, 0.023)),
     vocoder=Stage(Spread(0.004, 0.004, 0.004)),
-    speech=Speech(7.0, Spread(0.0168, 0.016, 0.017), Spread(0.024, 0.02, 0.03), Spread(0.0314, 0.03, 0.04)),
+    speech=Speech(10.0, Spread(0.0168, 0.016, 0.017), 4.6, Spread(0.024, 0.02, 0.03), Spread(0.0314, 0.03, 0.04)),
     memory_bytes=Held({"llm": 3 << 20, "flow": 2 << 20}, Memory(0, 0, 0), Memory(5 << 20, 6 << 20), Memory(1, 7 << 20)),
     rates=Rates(2.9e12, 7e14),
     floors=Floors(*(Floor.of(290_000_000, Operations(7, 0), Rates(2.9e12, 7e14)) for _ in range(4))),
@@ -161,6 +161,8 @@ def test_the_table():
     assert rows["vocoder, 10 s"]["least to most"] == ""  # all runs alike
     # 5.8 + 249 x 0.5 ms, 20 ms, 4 ms
     assert rows["their shares"]["measured"] == "llm 84%, flow 13%, vocoder 3%"
+    assert rows["real-time factor, 10.0 s whole"]["measured"] == "0.0168"
+    assert rows["real-time factor, 4.60 s streamed"]["measured"] == "0.0240"
     assert rows["memory, at most"]["measured"] == "7.00 MiB"
     assert rows["the device itself"]["measured"] == "2.90 TB/s, 700 TFLOP/s"
     assert "original, fp32" not in token
@@ -177,6 +179,7 @@ def test_the_figures():
     found = to_json(FULL)
     assert found["language_model"]["tokens_per_second"] == 2000
     assert found["speech"]["first_audio_seconds"] == {"median": 0.0314, "least": 0.03, "most": 0.04}
+    assert (found["speech"]["whole_audio_seconds"], found["speech"]["audio_seconds"]) == (10.0, 4.6)
     assert found["memory_bytes"]["spoken"]["peak"] == 7 << 20
     assert found["floors"]["token"] == {"bytes": 290_000_000, "operations": 7, "seconds": 0.0001}
 
@@ -239,6 +242,7 @@ def test_the_original_stands_beside_the_same_work_on_the_same_card(artifact_of):
     rows = rows_of(replace(FULL, original=Original()))
     assert rows["flow, 10 s of audio"]["original, fp32"] == "263 ms"
     assert rows["memory, at most"]["original, fp32"] == "3,481 MiB"
+    assert rows["real-time factor, 10.0 s whole"]["original, fp32"] == "0.553"
     assert rows["load"]["original, fp32"] == ""
 
 

@@ -52,6 +52,7 @@ def test_everything_is_measured_and_kept(cli, scratch_artifact, scratch, monkeyp
     assert found["language_model"]["tokens"] == 25
     assert found["flow"]["run_seconds"]["median"] > 0
     assert found["vocoder"]["run_seconds"]["median"] > 0
+    assert found["speech"]["whole_audio_seconds"] == 1
     assert found["speech"]["first_audio_seconds"]["median"] < (
         found["speech"]["audio_seconds"] * found["speech"]["streamed_real_time_factor"]["median"]
     )

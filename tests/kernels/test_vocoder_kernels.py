@@ -2,6 +2,7 @@
 
 import math
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 import torch.nn.functional as F

@@ -75,6 +75,13 @@ def test_equals_the_plain_flow(formats):
     assert relative(called(FusedFlow(network(*formats)), STREAMED), expected) < EXACT
 
 
+@pytest.fixture
+def few_tiles(monkeypatch):
+    """For utterances side by side, of which a GPU has many to spare."""
+    monkeypatch.setattr("cosyq.runtime.fused_flow.MANY_BESIDE", 2)
+
+
+@pytest.mark.usefixtures("few_tiles")
 def test_one_after_another_and_side_by_side():
     """Other lengths, prompts, masks and numbers of steps; what ran before or beside an utterance does not touch it."""
     plain, fused = network(INT8), FusedFlow(network(INT8))
@@ -86,6 +93,7 @@ def test_one_after_another_and_side_by_side():
         assert relative(found, expected) < EXACT
 
 
+@pytest.mark.usefixtures("few_tiles")
 def test_goes_on_from_what_is_kept_of_a_prompt():
     """Two voices, one of which is not kept, an utterance beside them; the second time through the same memory."""
     plain, fused, noise = network(INT8), FusedFlow(network(INT8)), start_noise(SMALL)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 from torch import nn

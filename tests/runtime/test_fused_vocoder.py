@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import interpreter  # noqa: F401
 import pytest
 import torch
 from conftest import relative

@@ -27,6 +27,7 @@ from serving import (
 )
 
 from cosyq.errors import CosyqError, DeviceError, UsageError
+from cosyq.server import delivery
 from cosyq.server.encoders import WIRES
 from cosyq.server.failures import Failure
 from cosyq.server.schemas import VOICE_ALIASES
@@ -55,6 +56,22 @@ def two():
     """A server whose speaker says two seconds in four chunks."""
     with scripted(says(*[tone(0.5)] * 4), longest_queue=1000) as (server, speaker):
         yield server, speaker
+
+
+@pytest.mark.parametrize(("format", "in_a_thread"), [("pcm", False), ("wav", False), ("mp3", True)])
+def test_what_takes_no_time_is_encoded_where_it_is(two, monkeypatch, format, in_a_thread):
+    """Another thread would have to get Python's lock from the one that computes, twice."""
+    encoded = []
+    to_thread = delivery.asyncio.to_thread
+
+    async def noted(work, *arguments):
+        encoded.append(work)
+        return await to_thread(work, *arguments)
+
+    monkeypatch.setattr(delivery.asyncio, "to_thread", noted)
+    server, _ = two
+    assert server.request("POST", "/v1/audio/speech", {**BODY, "response_format": format}).status == 200
+    assert bool(encoded) is in_a_thread
 
 
 # ---- what is sent
