@@ -117,7 +117,7 @@ def sound(vocoder: Vocoder, mel: Tensor) -> Tensor:
     Raises:
         DeviceError: they are not finite.
     """
-    return render(vocoder, mel.to(vocoder.conv_pre.weight.device), StreamState(), final=True)
+    return render(vocoder, mel.to(vocoder.conv_pre.weight.device), StreamState(), final=True).samples()
 
 
 # ---- what is made of two outputs

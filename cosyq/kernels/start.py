@@ -7,12 +7,16 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+# cuBLAS takes 32 MiB for every stream on Hopper; a quarter of it does for products of this size.
+WORKSPACE = ":4096:2:16:8"
 
 
 def begin_context(device: str) -> threading.Thread | None:
@@ -42,34 +46,41 @@ def _make_context(index: int) -> None:
             cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
-def hash_compiler() -> threading.Thread:
-    """Let Triton hash itself, half a second, while weights are read; it keeps what it found.
+@cache
+def begin_kernels(device: torch.device, dtype: torch.dtype) -> tuple[threading.Thread, ...]:
+    """Begin, once a process, what the first kernels would wait for, and the first products in `dtype`.
 
-    It is part of the names under which compiled kernels lie on the disk. Where this Triton has no such function, the
-    first kernel waits for it.
+    Triton hashes itself, half a second, and keeps what it found: it is part of the names under which compiled kernels
+    lie on the disk. And what is loaded at its first use is used: cuBLAS, which takes 0.1 s, and kernels of torch's in
+    libraries of their own, up to 0.06 s each. They serve who comes when the threads are done.
     """
-    return _begin("compiler", _hash)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
+    os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")  # it would read all that led to a kernel, too
+    return _begin("compiler", _hash), _begin("kernels", lambda: _use(device, dtype))
 
 
 def _hash() -> None:
+    """Where this Triton has no such function, the first kernel waits for it."""
     with suppress(ImportError, OSError):
         from triton.runtime.cache import triton_key
 
         triton_key()
 
 
-def begin_products(device: torch.device, dtype: torch.dtype) -> threading.Thread:
-    """Let cuBLAS be made ready, 0.15 s, while weights are read; it serves who comes when the thread is done."""
-    return _begin("products", lambda: _multiply(device, dtype))
-
-
-def _multiply(device: torch.device, dtype: torch.dtype) -> None:
+def _use(device: torch.device, dtype: torch.dtype) -> None:
     import torch
+    import torch.nn.functional as F
 
     if device.type == "cuda":
         with suppress(RuntimeError), torch.inference_mode():
-            x = torch.zeros(16, 16, device=device, dtype=dtype)
-            torch.addmm(x[0], x @ x, x)  # by cuBLAS and, with its bias, by cublasLt
+            x, some = torch.ones(16, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+            weights = x.to(dtype)
+            torch.addmm(weights[0], weights @ weights, weights)  # by cuBLAS and, with its bias, by cublasLt
+            torch.linalg.vector_norm(x.double(), dim=1)
+            torch.isfinite(x).all()
+            torch.pow(2.0, x)
+            torch.index_select(x, 0, some)
+            F.normalize(x[0], dim=0)
             torch._C._cuda_clearCublasWorkspaces()  # of a stream that multiplies no more
 
 

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from cosyq.runtime.batch_sampling import sample_rows
 from cosyq.runtime.decode import Embed, Finish, Part
 from cosyq.runtime.forward import Forward, Prompt
 from cosyq.runtime.sampling import draws, not_finite
+from cosyq.runtime.transfer import Fetched, sent
 
 SPAN = 256  # attention runs over a multiple of so many positions
 LAG = 4  # ids that a GPU may be asked for before the first of them is done
@@ -86,7 +86,7 @@ class BatchDecoder:
         self._shown: dict[int, _Shown] = {}  # and not run yet
         self._rows: dict[int, _Row] = {}
         self._steps = 0  # begun
-        self._unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # ids on the host, once the event is over
+        self._unread: deque[Fetched] = deque()  # ids
 
     def fits(self, positions: int, maximum: int) -> bool:
         """Whether a row can hold so many positions of a prompt and so many speech ids after them."""
@@ -187,6 +187,16 @@ class BatchDecoder:
         self.finished.index_fill_(0, rows, False)
         self.logits.index_copy_(0, rows, self.forward.prefill(prompts))
 
+    @property
+    def unread(self) -> int:
+        """Steps that were begun and not told of in `news`."""
+        return len(self._unread)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether one of them is done."""
+        return bool(self._unread) and self._unread[0].ready
+
     def step(self) -> None:
         """Draw `burst` ids in every row that goes on, and compute what follows them."""
         self.prefill()
@@ -203,12 +213,7 @@ class BatchDecoder:
         rows = min(1 << (taken - 1).bit_length(), self.forward.rows)
         self.advance(rows, min(-(-reach // SPAN) * SPAN, self.forward.capacity))
         self._steps += 1
-        event = None
-        ids = self.drawn[:, :rows].to("cpu", non_blocking=True, copy=True)
-        if self.drawn.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._unread.append((ids, event))
+        self._unread.append(Fetched(self.drawn[:, :rows]))
 
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
@@ -244,12 +249,8 @@ class BatchDecoder:
         """
         lag = max(LAG // self.burst, 1) if lag is None else lag
         found: dict[int, News] = {}
-        while self._unread:
-            ids, event = self._unread[0]
-            if event is not None and len(self._unread) <= lag and not event.query():
-                break
-            if event is not None:
-                event.synchronize()
+        while self._unread and (len(self._unread) > lag or self._unread[0].ready):
+            ids = self._unread[0].tensor()
             number = self._steps - len(self._unread)
             self._unread.popleft()
             for row, tokens in enumerate(ids.T.tolist()):
@@ -271,12 +272,6 @@ class BatchDecoder:
             state.ended = state.count >= state.maximum
             news.finish = "length" if state.ended else None
             state.past += not state.ended
-
-
-def sent(values: Any, device: torch.device) -> Tensor:
-    """Numbers of the host, or a tensor, on the device, without waiting for what it has to do."""
-    tensor = torch.as_tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def follow_alone(

@@ -30,6 +30,8 @@ from cosyq.runtime.decode import Part, Sampler, follow
 from cosyq.runtime.forward import TorchForward
 from cosyq.runtime.sampling import draws, sample
 from cosyq.runtime.schedule import Growth
+from cosyq.runtime.sound import Sound, not_finite_mel
+from cosyq.runtime.transfer import sent
 from cosyq.voices.voice import Voice
 
 EngineName = Literal["fused", "cpu", "reference", "unpacked", "bnb"]
@@ -107,7 +109,10 @@ class Engine(Protocol):
         """
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
-        """`mel` of several utterances, of the same number of steps, side by side."""
+        """`mel` of several utterances, of the same number of steps, side by side.
+
+        A GPU need not be waited for: what is wrong with a mel may show in what `sound` makes of it.
+        """
 
     def frames(self, chunk: Chunk) -> int:
         """How many the flow computes for a chunk: its own, and of the prompt those that are not kept."""
@@ -116,8 +121,11 @@ class Engine(Protocol):
         """Get ready to speak to many, in at most `room` bytes: weights of the flow that are unpacked, what it needs of
         the prompts of voices that come again, and what is made once for each length of a chunk."""
 
-    def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
-        """The next samples of an utterance for its next frames [mel, t]: [n] float32 on the host."""
+    def sound(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Sound:
+        """The next samples of an utterance for its next frames [mel, t], on their way to the host."""
+
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
+        """The same, waited for: [n] float32 on the host."""
 
 
 class TorchEngine:
@@ -154,8 +162,10 @@ class TorchEngine:
 
     @torch.inference_mode()
     def embed(self, text: Sequence[int], speech: Sequence[int]) -> Tensor:
-        words = self._text_rows(list(text)).to(self.device)
-        return torch.cat([words, self.llm.embed_speech(torch.tensor(speech, dtype=torch.int64, device=self.device))])
+        ids = torch.tensor(speech, dtype=torch.int64)
+        return torch.cat(
+            [sent(self._text_rows(list(text)), self.device), self.llm.embed_speech(sent(ids, self.device))]
+        )
 
     def _cache(self, capacity: int) -> KVCache:
         return KVCache.empty(self.config.llm, capacity, device=self.device, dtype=self.dtype)
@@ -189,7 +199,7 @@ class TorchEngine:
         steps: int,
         between: Callable[[], None] = nothing,
     ) -> Tensor:
-        return self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0]
+        return finite(self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0])
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         return [solve(self.flow, chunk, self._noise, between=between) for chunk in chunks]
@@ -200,8 +210,11 @@ class TorchEngine:
     def prepare(self, room: int) -> None:
         """There is nothing to make ready."""
 
-    def samples(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Tensor:
+    def sound(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Sound:
         return render(self.vocoder, mel, state, final=final, between=between)
+
+    def samples(self, mel: Tensor, state: StreamState, *, final: bool) -> Tensor:
+        return self.sound(mel, state, final=final).samples()
 
 
 @torch.inference_mode()
@@ -228,21 +241,14 @@ def solve(flow: Flow, chunk: Chunk, noise: Tensor, *, between: Callable[[], None
 @torch.inference_mode()
 def render(
     vocoder: Vocoder, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing
-) -> Tensor:
-    """The next samples of an utterance, [n] float32 on the host, for its next frames; see `Engine.samples`.
-
-    Raises:
-        DeviceError: they are not finite.
-    """
+) -> Sound:
+    """The next samples of an utterance for its next frames; see `Engine.sound`."""
     parts = list(mel.unsqueeze(0).split(VOCODER_FRAMES, dim=-1))
     rendered = []
     for index, part in enumerate(parts):
         between()
         rendered.append(vocoder.render(part, state, final=final and index == len(parts) - 1))
-    wav = torch.cat(rendered, dim=-1)[0].cpu()
-    if not torch.isfinite(wav).all():
-        raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
-    return wav
+    return Sound(torch.cat(rendered, dim=-1)[0], mel)
 
 
 def finite(mel: Tensor) -> Tensor:
@@ -252,7 +258,7 @@ def finite(mel: Tensor) -> Tensor:
         DeviceError: it is not.
     """
     if not torch.isfinite(mel).all():
-        raise DeviceError("the flow's mel is not finite", remedy="use bf16 or fp32 arithmetic")
+        raise not_finite_mel()
     return mel
 
 

@@ -90,8 +90,9 @@ class Flight:
         self.error: CosyqError | None = None  # after the lines that there are
         self.clock: Clock | None = None
         self.row: int | None = None
-        self.started = 0.0  # when its first audio was there
-        self.sent = 0.0  # seconds of audio
+        self.started = 0.0  # when its first audio was there, or about to be
+        self.sounding = 0  # chunks on their way to the listener
+        self.made = self.sent = 0.0  # seconds of audio: with what is on its way, and without
 
     @property
     def ready(self) -> bool:
@@ -106,7 +107,7 @@ class Flight:
     @property
     def dry_at(self) -> float:
         """When what it has got will have been heard; long ago, if it has nothing."""
-        return self.started + self.sent
+        return self.started + self.made
 
     def write(self, tts: Synthesizer, text: str | Iterable[str], options: Options) -> None:
         """Read all of a text, which may take as long as it is written; what is wrong with it comes after its lines."""

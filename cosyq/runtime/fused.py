@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from cosyq.artifact.reader import Artifact
-from cosyq.kernels.start import begin_products, hash_compiler
+from cosyq.kernels.start import begin_kernels
 from cosyq.model.flow import nothing
+from cosyq.model.vocoder import StreamState
 from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
-from cosyq.runtime.engine import Chunk, TorchEngine, finite
+from cosyq.runtime.engine import Chunk, TorchEngine
 from cosyq.runtime.flow_past import Past, Pasts, numbers, whole_blocks
 from cosyq.runtime.fused_flow import FusedFlow, Utterance
 from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
 from cosyq.runtime.fused_vocoder import FusedVocoder
 from cosyq.runtime.schedule import Growth
+from cosyq.runtime.sound import Sound
+from cosyq.runtime.transfer import sent
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
-# cuBLAS takes 32 MiB for every stream on Hopper; a quarter of it does for products of this size.
-WORKSPACE = ":4096:2:16:8"
 
 
 class FusedEngine(TorchEngine):
@@ -36,17 +36,15 @@ class FusedEngine(TorchEngine):
     growth = Growth(4, 16)
 
     def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
-        os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")  # it would read all that led to a kernel, too
-        hash_compiler()
-        products = begin_products(device, dtype)
+        begun = begin_kernels(device, dtype)
         super().__init__(artifact, "fused", device, dtype)
         self._lm = FusedLM(self.llm, dtype)
         self._solver = FusedFlow(self.flow)
+        for thread in begun:
+            thread.join()
         self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]
         self._alone: FusedDecoder | None = None
         self._pasts = Pasts()
-        products.join()
 
     def prepare(self, room: int) -> None:
         self._pasts.room = room - self._solver.unpack(room // 2)
@@ -66,19 +64,23 @@ class FusedEngine(TorchEngine):
 
     @torch.inference_mode()
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
+        """Launched and not waited for, so there is nothing between its steps."""
         utterances = [
             Utterance(
-                c.ids.to(self.device),
-                c.voice.speaker.to(self.device),
-                c.voice.prompt_mel.to(self.device),
+                sent(c.ids, self.device),
+                sent(c.voice.speaker, self.device),
+                sent(c.voice.prompt_mel, self.device),
                 c.streaming,
                 c.final,
                 self._past(c),
             )
             for c in chunks
         ]
-        mels = self._solver.solve(utterances, self._noise, steps=chunks[0].steps, between=between)
-        return [finite(mel) for mel in mels]
+        return self._solver.solve(utterances, self._noise, steps=chunks[0].steps)
+
+    @torch.inference_mode()
+    def sound(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Sound:
+        return Sound(self.vocoder.render(mel[None], state, final=final)[0], mel)
 
     def frames(self, chunk: Chunk) -> int:
         past = self._pasts.find(_key(chunk)) if chunk.streaming else None
@@ -93,8 +95,8 @@ class FusedEngine(TorchEngine):
         size = chunk.steps * numbers(c, frames) * self.dtype.itemsize
 
         def make() -> Past:
-            ids = voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead].long().to(self.device)
-            mel, speaker = voice.prompt_mel[:frames].to(self.device), voice.speaker.to(self.device)
+            ids = sent(voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead].long(), self.device)
+            mel, speaker = sent(voice.prompt_mel[:frames], self.device), sent(voice.speaker, self.device)
             return self._solver.keep(ids, speaker, mel, self._noise, steps=chunk.steps)
 
         return self._pasts.get(_key(chunk), size, make)

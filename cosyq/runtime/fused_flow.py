@@ -25,6 +25,7 @@ from cosyq.runtime.flow_past import Past, tail_numbers
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
 from cosyq.runtime.flow_weights import Block, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
+from cosyq.runtime.transfer import sent
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
@@ -118,8 +119,8 @@ class FusedFlow:
         tiles = _tiles(half, len(utterances))
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         view = self._view(half, tiles, longest)
-        view.tiles.copy_(kernels.tile_table(lengths, blocks, tiles))
-        pasts = _past_table([u.past for u in utterances], lengths, tiles, steps).to(self.device)
+        view.tiles.copy_(sent(kernels.tile_table(lengths, blocks, tiles), self.device))
+        pasts = sent(_past_table([u.past for u in utterances], lengths, tiles, steps), self.device)
         first = 0
         view.clear()
         for u, start, length in zip(utterances, (u.past_frames for u in utterances), lengths, strict=True):
@@ -144,7 +145,7 @@ class FusedFlow:
         half = _padded(frames)
         tiles = _tiles(half, 1)
         view = self._view(half, tiles, frames)
-        view.tiles.copy_(kernels.tile_table([frames], [self.config.chunk_frames], tiles))
+        view.tiles.copy_(sent(kernels.tile_table([frames], [self.config.chunk_frames], tiles), self.device))
         view.pasts.zero_()
         view.clear()
         view.begin(0, slice(0, frames), noise, prompt_mel, self._told(tokens, speaker))

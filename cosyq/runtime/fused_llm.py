@@ -20,9 +20,10 @@ from cosyq.kernels.rows import TOGETHER, Pass, Rows, Shape
 from cosyq.model.config import LLMConfig, SamplingConfig
 from cosyq.model.llm import LanguageModel, rope_tables
 from cosyq.quantize.linear import DequantLinear, PackedEmbedding
-from cosyq.runtime.batch import BatchDecoder, sent
+from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.chunks import chunks
 from cosyq.runtime.forward import Prompt
+from cosyq.runtime.transfer import sent
 
 FIRST_PAGES = 4  # of a row: 512 positions, a prompt and ten seconds
 CHUNK = 512  # positions of prompts that are run at a time

@@ -2,9 +2,13 @@
 
 One thread owns the engine. It renders the chunks that are due, first chunks first, in order of arrival, then those of
 the streams which would run dry first; and where none is due it draws ids, for every request that has a row of the
-language model's batch. Between the steps of a render it draws for those who have no audio in hand, takes in who came
-and lets go of who left, so that nobody waits for a render of somebody else's. While a request has no audio yet, a
-stream that has some in hand waits for a few steps.
+language model's batch. While something is rendered it draws for those who have no audio in hand, takes in who came and
+lets go of who left, so that nobody waits for a render of somebody else's. While a request has no audio yet, a stream
+that has some in hand waits for a few steps.
+
+A GPU is given work and not waited for: steps and renders are on their way together, the next of either is launched
+before the last is over, and the thread sleeps until one of them is. An engine that computes as it is called has nothing
+on its way, and calls back between the steps of a render instead.
 
 It knows text and options, ids and samples; not HTTP, clients, or how long a queue may be.
 """
@@ -18,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
 
@@ -32,13 +36,17 @@ from cosyq.runtime.decode import Finish
 from cosyq.runtime.engine import Engine
 from cosyq.runtime.flight import POSITIONS, ROOM, Flight, GoneError, Heard, Line, Listener
 from cosyq.runtime.request import Options
+from cosyq.runtime.sound import Sound
 from cosyq.runtime.synthesizer import Synthesizer
+from cosyq.runtime.transfer import Mark
 
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
 SPARE = 0.1  # of it, for what an engine makes ready
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
+AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
+LOOK = 2e-4  # seconds between two looks at what a GPU has done
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
 PATIENCE = 5.0  # seconds for the thread to end
 
@@ -60,6 +68,10 @@ class InFlight:
         self._waiting: deque[Flight] = deque()
         self._active: list[Flight] = []
         self._held = 0  # ids of a row since a render
+        self._begun: deque[float] = deque()  # when each of the steps was, that nobody has heard of
+        self._told = 0.0  # when the last of them was heard of
+        self._flow: Mark | None = None  # behind the last render's, while it is on its way
+        self._sounds: deque[_Sounding] = deque()  # on their way, in order
         self._stirred = self._closed = False
         self._changed = threading.Condition()
         self._preparing = ThreadPoolExecutor(1, "preparing")
@@ -144,18 +156,25 @@ class InFlight:
             while not self._closed and self._turn():
                 pass
             with self._changed:
-                self._changed.wait_for(lambda: self._stirred or self._closed)
+                while not (self._stirred or self._closed or self._arrived()):
+                    self._changed.wait(LOOK if self._on_its_way() else None)
                 self._stirred = False
         with self._changed:
             left = [*self._active, *self._waiting]
             self._waiting.clear()
         for flight in left:
             self._end(flight, GoneError("nothing is spoken here any more"))
+        for one in self._sounds:
+            if one.flight.sounding:
+                one.flight.sounding = 0
+                one.flight.listener.release()
 
     def _turn(self) -> bool:
         """A step for every row, and perhaps a render; whether there was anything to do."""
         try:
             worked = self._advance()
+            if self._flow is not None:
+                return worked
             if chosen := self._choose():
                 self._held = 0
                 self._render(chosen)
@@ -167,10 +186,24 @@ class InFlight:
                 self._end(flight, why)
             return True
 
+    def _on_its_way(self) -> bool:
+        return bool(self._sounds or self._decoder.unread or self._flow is not None)
+
+    def _arrived(self) -> bool:
+        """Whether any of that is there; what has failed is, too."""
+        try:
+            flow = self._flow is not None and self._flow.passed
+            return flow or self._decoder.has_news or bool(self._sounds and self._sounds[0].sound.ready)
+        except Exception:  # a turn will meet it
+            return True
+
     def _advance(self) -> bool:
-        """Let go of who left, take in who came, show what is new, and draw for those who cannot wait."""
+        """Pass on what has come, let go of who left, take in who came, show what is new, and draw for those who cannot
+        wait."""
+        if self._flow is not None and self._flow.passed:
+            self._flow = None
+        worked = self._deliver() | self._listen()
         self._sweep()
-        worked = False
         for flight in list(self._active):
             worked |= self._attempt(flight, self._show)
         return self._draw(urgent=True) or worked
@@ -196,7 +229,7 @@ class InFlight:
         complete = flight.complete  # before its lines are looked at, and likewise `whole`
         line = next((line for line in flight.lines[:2] if not line.out), None)
         if line is None:
-            if complete and not flight.lines:
+            if complete and not flight.lines and not flight.sounding:
                 self._end(flight, flight.error)
                 return True
             return False
@@ -227,25 +260,50 @@ class InFlight:
 
         A step takes as long for one row as for many: those with audio in hand wait until many need one.
         """
-        drawing = {f.row: f for f in self._active if f.row is not None and f.line_drawn}
+        drawing = self._drawing()
         soon = time.monotonic() + IN_HAND if urgent else math.inf
         if not any(f.dry_at < soon and f.lines[0].rendering.due is None for f in drawing.values()):
             return False
+        if self._decoder.unread >= AHEAD:
+            return False
         try:
-            started = time.perf_counter()
+            began = time.perf_counter()
             self._decoder.step()
-            told = self._decoder.news()
-            seconds = (time.perf_counter() - started) / len(drawing)
-        except Exception as error:  # of nobody's in particular
-            why = self._explain(error)
-            for flight in drawing.values():
-                self._end(flight, why)
+            self._begun.append(began)
+        except Exception as error:
+            self._lose_rows(error)
             return True
         self._held += self._decoder.burst
+        return self._listen() or True
+
+    def _drawing(self) -> dict[int, Flight]:
+        """Whose ids are drawn, by their rows."""
+        return {f.row: f for f in self._active if f.row is not None and f.line_drawn}
+
+    def _listen(self) -> bool:
+        """Take in the ids that have been drawn, if there are new ones."""
+        if not self._decoder.has_news:
+            return False
+        try:
+            told = self._decoder.news(lag=AHEAD)
+        except Exception as error:
+            self._lose_rows(error)
+            return True
+        began = now = time.perf_counter()
+        while len(self._begun) > self._decoder.unread:
+            began = min(began, self._begun.popleft())
+        drawing = self._drawing()
+        seconds, self._told = (now - max(began, self._told)) / max(len(drawing), 1), now
         for row, news in told.items():
             if row in drawing:
                 self._heard(drawing[row], news, seconds)
         return True
+
+    def _lose_rows(self, error: Exception) -> None:
+        """A step has failed: of nobody's in particular."""
+        why = self._explain(error)
+        for flight in self._drawing().values():
+            self._end(flight, why)
 
     def _heard(self, flight: Flight, news: News, seconds: float) -> None:
         line = flight.line_drawn
@@ -315,11 +373,12 @@ class InFlight:
             for flight in flights:
                 self._end(flight, why)
             return
+        self._flow = Mark(mels[0].device)
         for flight, mel in zip(flights, mels, strict=True):
             self._attempt(flight, partial(self._sound, mel=mel))
 
     def _sound(self, flight: Flight, mel: Tensor) -> bool:
-        """Give a flight the samples of its chunk."""
+        """Begin what a flight's chunk sounds like."""
 
         def between() -> None:
             self._advance()
@@ -327,15 +386,39 @@ class InFlight:
                 raise _AbandonedError
 
         line = flight.lines[0]
-        samples = line.rendering.take(mel, between)
-        assert flight.clock is not None
-        if line.lead:
-            lead, line.lead = line.lead, 0
-            self._put(flight, flight.clock.audio(SILENCE, "", line.index - 1, pause=lead))
-        if len(samples):
-            self._put(flight, flight.clock.audio(samples, line.text(), line.index))
-        if line.rendering.over and flight in self._active:
+        sound = line.rendering.take(mel, between)
+        if flight not in self._active:
+            return True
+        lead, line.lead = line.lead, 0
+        if lead or len(sound):
+            flight.started = flight.started or time.monotonic()
+        flight.made += (lead + len(sound)) / self.tts.sample_rate
+        flight.sounding += 1
+        self._sounds.append(_Sounding(flight, line, lead, sound))
+        if line.rendering.over:
             del flight.lines[0]
+        self._deliver()
+        return True
+
+    def _deliver(self) -> bool:
+        """Pass on what has come."""
+        delivered = False
+        while self._sounds and self._sounds[0].sound.ready:
+            one, delivered = self._sounds.popleft(), True
+            one.flight.sounding -= 1
+            if one.flight in self._active:
+                self._attempt(one.flight, partial(self._pass_on, one=one))
+            elif not one.flight.sounding:
+                one.flight.listener.release()
+        return delivered
+
+    def _pass_on(self, flight: Flight, one: _Sounding) -> bool:
+        samples = one.sound.samples().numpy()
+        assert flight.clock is not None
+        if one.lead:
+            self._put(flight, flight.clock.audio(SILENCE, "", one.line.index - 1, pause=one.lead))
+        if len(samples):
+            self._put(flight, flight.clock.audio(samples, one.line.text(), one.line.index))
         return True
 
     def _put(self, flight: Flight, audio: Audio) -> None:
@@ -346,7 +429,6 @@ class InFlight:
         if cut and left is not None:
             timings = replace(audio.timings, finish="length")
             audio = replace(audio, samples=audio.samples[: round(left * rate)], timings=timings)
-        flight.started = flight.started or time.monotonic()
         flight.sent += len(audio.samples) / rate
         flight.listener.put(audio)
         if cut:
@@ -390,7 +472,20 @@ class InFlight:
         if not self._closed:
             self._leave(flight)
         flight.listener.end(error)
-        flight.listener.release()
+        if self._closed:
+            flight.sounding = 0
+        if not flight.sounding:
+            flight.listener.release()
+
+
+@dataclass(frozen=True)
+class _Sounding:
+    """A chunk on its way to its listener; `lead` samples of silence come before it."""
+
+    flight: Flight
+    line: Line
+    lead: int
+    sound: Sound
 
 
 class _AbandonedError(Exception):

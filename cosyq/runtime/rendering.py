@@ -16,6 +16,7 @@ from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import Silence
 from cosyq.runtime.engine import Chunk, Engine
 from cosyq.runtime.schedule import chunk_ends, shown_prompt
+from cosyq.runtime.sound import Sound
 from cosyq.runtime.speed import Pace
 from cosyq.voices.voice import Voice
 
@@ -68,17 +69,17 @@ class Rendering:
     def next(self) -> NDArray[np.float32]:
         """Render the chunk that is due: samples [n] float32, possibly none."""
         (mel,) = self._engine.mels([self.chunk])
-        return self.take(mel)
+        return self.take(mel).samples().numpy()
 
-    def take(self, mel: Tensor, between: Callable[[], None] = nothing) -> NDArray[np.float32]:
-        """The samples of the chunk that is due, of the flow's mel for it.
+    def take(self, mel: Tensor, between: Callable[[], None] = nothing) -> Sound:
+        """What becomes of the chunk that is due, by the flow's mel for it; the next one may be asked for at once.
 
         `between` is called between the steps of the work, and may end it by an exception.
         """
         final = self.chunk.final
         frames = self._pace.frames(mel[:, self._sent :])
-        samples = self._engine.samples(frames, self._state, final=final, between=between)
+        sound = self._engine.sound(frames, self._state, final=final, between=between)
         self._sent, self.over = mel.shape[1], final
         if not final:
             self._end = next(self._ends)
-        return samples.numpy()
+        return sound

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.errors import UsageError
+from cosyq.kernels.start import begin_kernels
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.clock import SILENCE, Audio, Clock
 from cosyq.runtime.cpu import CpuEngine
 from cosyq.runtime.decode import Silence
-from cosyq.runtime.engine import Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
+from cosyq.runtime.engine import Chunk, Engine, EngineChoice, TorchEngine, pick_device, pick_dtype, pick_engine
 from cosyq.runtime.interleave import Frame
 from cosyq.runtime.rendering import Rendering
 from cosyq.runtime.request import Manner, Options, Requests, Utterance, find_voice, voice_names
@@ -95,7 +96,7 @@ class Synthesizer:
         return self.clock(manner).audio(self._render(tokens, manner))
 
     def _render(self, tokens: list[int], manner: Manner) -> NDArray[np.float32]:
-        mel = self.engine.mel(tokens, manner.voice, streaming=False, final=True, steps=manner.steps)
+        (mel,) = self.engine.mels([Chunk(tokens, manner.voice, False, True, manner.steps)])
         return self.engine.samples(Pace(manner.speed).frames(mel), StreamState(), final=True).numpy()
 
     def stream(self, text: str, **options: Unpack[Options]) -> Iterator[Audio]:
@@ -190,6 +191,7 @@ def load(
     place = pick_device(device)
     name, arithmetic = pick_engine(engine, place), pick_dtype(dtype, place)
     if name == "fused":
+        begin_kernels(place, arithmetic)  # beside the import
         from cosyq.runtime.fused import FusedEngine  # Triton is not everywhere
 
         return Synthesizer(opened, FusedEngine(opened, place, arithmetic), time.perf_counter() - started)

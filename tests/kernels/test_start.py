@@ -1,6 +1,7 @@
 """What is begun before the first kernel."""
 
 import ctypes
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +11,18 @@ from triton.runtime.cache import triton_key
 from cosyq.kernels import start
 
 
-def test_triton_has_hashed_itself_when_the_thread_is_done():
+def test_triton_has_hashed_itself_when_the_threads_are_done(monkeypatch, capsys):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "0")
+    start.begin_kernels.cache_clear()
     triton_key.cache_clear()
-    start.hash_compiler().join(60)
+    threads = start.begin_kernels(torch.device("cpu"), torch.float32)
+    for thread in threads:
+        thread.join(60)
     assert triton_key.cache_info().currsize == 1
+    assert capsys.readouterr().err == ""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what was asked for stays"
+    assert start.begin_kernels(torch.device("cpu"), torch.float32) is threads
 
 
 class Driver:
@@ -80,8 +89,3 @@ def test_a_torch_for_cpus_needs_no_context(cuda_torch, monkeypatch):
     assert start.begin_context("auto") is None
     monkeypatch.setattr(start, "find_spec", lambda name: None)
     assert start.begin_context("auto") is None
-
-
-def test_a_cpu_has_no_products_to_make_ready(capsys):
-    start.begin_products(torch.device("cpu"), torch.float32).join(10)
-    assert capsys.readouterr().err == ""

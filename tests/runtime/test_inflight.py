@@ -12,7 +12,7 @@ import torch
 
 import cosyq
 from cosyq.errors import CosyqError, DeviceError, UsageError
-from cosyq.runtime import inflight
+from cosyq.runtime import inflight, transfer
 from cosyq.runtime.flight import GoneError
 from cosyq.runtime.inflight import InFlight, rows_for
 
@@ -25,7 +25,7 @@ class Slowed:
 
     def __init__(self, engine):
         self._engine, self.name, self.config, self.device = engine, engine.name, engine.config, engine.device
-        self.embed, self.speech_tokens, self.samples = engine.embed, engine.speech_tokens, engine.samples
+        self.embed, self.speech_tokens, self.sound = engine.embed, engine.speech_tokens, engine.sound
         self.weights, self.flow_frames, self.growth = engine.weights, engine.flow_frames, engine.growth
         self.frames, self.prepare = engine.frames, engine.prepare
         self.delay, self.errors, self.done = 0.0, {}, []
@@ -87,6 +87,29 @@ class Ear:
     def cancel(self):
         self.times["cancel"], self.cancelled = time.monotonic(), True
         self.batch.wake()
+
+
+class LateMark:
+    """Of a device that takes its time."""
+
+    seconds = 0.003
+
+    def __init__(self, device):
+        self._at = time.monotonic() + self.seconds
+
+    @property
+    def passed(self):
+        return time.monotonic() > self._at
+
+    def wait(self):
+        time.sleep(max(self._at - time.monotonic(), 0))
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Whatever is launched is done later only, as on a GPU."""
+    monkeypatch.setattr(transfer, "Mark", LateMark)
+    monkeypatch.setattr(inflight, "Mark", LateMark)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +189,10 @@ def test_each_is_what_it_would_be_alone(tts, batch, voice):
         assert (mine.finish, together[-1].text) == (other.finish, alone[-1].text)
         assert together[-1].seed == options["seed"]
     assert (batch.active, batch.waiting) == (0, 0)
+
+
+def test_each_is_what_it_would_be_alone_where_work_is_launched_and_not_waited_for(late, tts, batch, voice):
+    test_each_is_what_it_would_be_alone(tts, batch, voice)
 
 
 def test_no_more_at_once_than_rows_and_the_others_in_order(batch, engine):
@@ -301,7 +328,7 @@ def test_ids_wait_for_a_step_of_many_where_there_is_audio_in_hand(batch):
         return type("Flight", (), about)
 
     steps, decoder, now = [], batch._decoder, time.monotonic()
-    fake = {"burst": 4, "step": lambda _: steps.append(1), "news": lambda _: {}}
+    fake = {"burst": 4, "step": lambda _: steps.append(1), "unread": 0, "has_news": False}
     batch._decoder = type("Decoder", (), fake)()
     rich, poor, new, ready = (
         flight(now - 1, 9, False),

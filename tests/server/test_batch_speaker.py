@@ -12,6 +12,7 @@ import torch
 
 import cosyq
 from cosyq.errors import DeviceError, UsageError
+from cosyq.runtime.sound import Sound
 from cosyq.server import batch
 from cosyq.server.batch import BatchSpeaker
 from cosyq.server.logs import JsonFormatter
@@ -26,7 +27,7 @@ class Slowed:
     def __init__(self, engine):
         self._engine, self.name, self.weights = engine, engine.name, engine.weights
         self.config, self.device = engine.config, engine.device
-        self.embed, self.mels, self.samples = engine.embed, engine.mels, engine.samples
+        self.embed, self.mels, self.sound = engine.embed, engine.mels, engine.sound
         self.flow_frames, self.growth = 0, engine.growth
         self.frames, self.prepare = engine.frames, engine.prepare
         self.delay, self.error, self.endless, self.steps = 0.0, None, False, 0
@@ -162,7 +163,7 @@ def test_runaway_speech_is_cut_in_proportion_to_the_text(speaker, engine):
     """A model that finds no end. The library's own bound is 0.8 seconds a text token, of which these letters have two."""
     engine.endless = True
     engine.mels = lambda chunks, **_: [torch.zeros(80, 2 * len(chunk.tokens)) for chunk in chunks]
-    engine.samples = lambda mel, state, **_: torch.zeros(480 * mel.shape[1])
+    engine.sound = lambda mel, state, **_: Sound(torch.zeros(480 * mel.shape[1]), mel)
     text = "ŵŷ" * 4
 
     async def ask():
