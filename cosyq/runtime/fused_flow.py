@@ -25,6 +25,7 @@ from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
+from cosyq.runtime.look_ahead import look_ahead
 from cosyq.runtime.transfer import sent
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
@@ -226,7 +227,7 @@ class FusedFlow:
     def _encode(self, told: Told) -> None:
         front, there = self._front, (told.tokens >= 0)[:, None]
         embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
-        encoded = front.token_encoder(embedded[None], True)[0]  # zeros follow the last token, one way or the other
+        encoded = look_ahead(front.token_encoder, embedded)  # zeros follow the last token, one way or the other
         told.encoded.copy_(encoded.repeat_interleave(self.config.token_mel_ratio, dim=0))
         told.voice.copy_(front.voice(told.speaker))
 
