@@ -370,7 +370,7 @@ def test_out_of_memory_is_exit_4(cli, monkeypatch, spoken, tmp_path):
     def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 EiB\nlots of advice")
 
-    monkeypatch.setattr("cosyq.runtime.engine.TorchEngine.mel", exhausted)
+    monkeypatch.setattr("cosyq.runtime.engine.TorchEngine.mels", exhausted)
     refused(cli("synth", "hello", *spoken, "-o", tmp_path / "x.wav"), 4, "out of memory", "smaller recipe")
     monkeypatch.setattr("cosyq.build.pack", exhausted)
     refused(
@@ -382,7 +382,7 @@ def test_out_of_memory_is_exit_4(cli, monkeypatch, spoken, tmp_path):
 
 
 def test_a_bug_is_exit_1_and_shows_its_trace_when_asked(cli, monkeypatch, spoken, tmp_path):
-    monkeypatch.setattr("cosyq.runtime.engine.TorchEngine.mel", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("cosyq.runtime.engine.TorchEngine.mels", lambda *_, **__: 1 / 0)
     line = refused(cli("synth", "hello", *spoken, "-o", tmp_path / "x.wav"), 1, "internal error", "ZeroDivisionError")
     assert "COSYQ_DEBUG=1" in line
     monkeypatch.setenv("COSYQ_DEBUG", "1")
