@@ -1,6 +1,7 @@
 """An engine: the three networks on a device, behind the calls that synthesis makes.
 
-`fused` has kernels of our own for CUDA GPUs and is in `runtime.fused`; `cpu` multiplies by rows of int8 as they are
+`fused` has kernels of our own for CUDA GPUs and is in `runtime.fused`; `fused8` is the same, but rounds inputs of the
+flow's products with int8 weights to eight bits where that is faster. `cpu` multiplies by rows of int8 as they are
 stored and is in `runtime.cpu`. `reference` runs plain torch on any device and unpacks weights on the fly: slow, and
 what faster engines are tested against. `unpacked` is the same with the weights unpacked at load, to the same bits, in
 the memory that a model without quantization needs. `bnb` has bitsandbytes' own products, for comparison.
@@ -34,11 +35,12 @@ from cosyq.runtime.sound import Sound, not_finite_mel
 from cosyq.runtime.transfer import sent
 from cosyq.voices.voice import Voice
 
-EngineName = Literal["fused", "cpu", "reference", "unpacked", "bnb"]
-EngineChoice = Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"]
-# How the language model multiplies, and the other stages. `fused` begins as the reference and takes it apart.
+EngineName = Literal["fused", "fused8", "cpu", "reference", "unpacked", "bnb"]
+EngineChoice = Literal["auto", "fused", "fused8", "cpu", "reference", "unpacked", "bnb"]
+# How the language model multiplies, and the other stages. The fused ones begin as the reference and take it apart.
 MATMULS: dict[EngineName, tuple[Matmul, Matmul]] = {
     "fused": ("dequantize", "dequantize"),
+    "fused8": ("dequantize", "dequantize"),
     "cpu": ("native", "unpacked"),
     "reference": ("dequantize", "dequantize"),
     "unpacked": ("unpacked", "unpacked"),
@@ -295,8 +297,8 @@ def pick_engine(name: EngineChoice, device: torch.device) -> EngineName:
         return "cpu" if device.type == "cpu" else "reference" if _obstacle(device) else "fused"
     if name == "cpu" and device.type != "cpu":
         raise DeviceError("the engine cpu runs on a CPU", where=str(device), remedy="use --engine auto")
-    if name == "fused" and (obstacle := _obstacle(device)):
-        raise DeviceError(f"the engine fused needs {obstacle}", where=str(device), remedy="use --engine auto")
+    if name in ("fused", "fused8") and (obstacle := _obstacle(device)):
+        raise DeviceError(f"the engine {name} needs {obstacle}", where=str(device), remedy="use --engine auto")
     return name
 
 
