@@ -1,6 +1,7 @@
 """The import graph of the package, held to the levels it was designed in."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,12 @@ LEVELS = {
 }
 
 
+@functools.cache
 def modules():
+    return list(_modules())
+
+
+def _modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -51,8 +57,13 @@ def modules():
             yield name, path
 
 
+@functools.cache
 def imports(path):
     """(imported module, whether at the top of the file)."""
+    return list(_imports(path))
+
+
+def _imports(path):
     tree = ast.parse(path.read_text("utf-8"))
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):

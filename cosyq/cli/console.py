@@ -20,7 +20,7 @@ from cosyq.errors import ArtifactError, CosyqError, DeviceError, UsageError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-EngineName = Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"]
+EngineName = Literal["auto", "fused", "fused8", "cpu", "reference", "unpacked", "bnb"]
 DtypeName = Literal["auto", "bf16", "fp16", "fp32"]
 EngineOption = Annotated[
     EngineName, typer.Option(help="What multiplies; reference, unpacked and bnb are to compare with.")

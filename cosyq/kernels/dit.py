@@ -19,8 +19,6 @@ after `wait`, and `let_next_start` comes after it, so that whatever came before 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cosyq.kernels.overlap import let_next_start, wait
+from cosyq.kernels.flow_products import rounded_rows
+from cosyq.kernels.overlap import let_next_start, overlapping, wait
 from cosyq.kernels.packed import INT8_STEP
 
 TILE = 64
@@ -45,14 +44,6 @@ def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Ten
         table += [(first, start, start + length, block) for first in range(start, start + length, TILE)]
         start += length
     return torch.tensor(table + [(0, 0, 0, 1)] * (tiles - len(table)), dtype=torch.int32)
-
-
-@cache
-def _overlapping(device: torch.device) -> dict[str, Any]:
-    """How to launch a kernel so that it starts while the one before it ends, where the device can."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
 
 
 @triton.jit
@@ -84,7 +75,7 @@ def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     piece = min(run & -run, 4096)  # a power of two, with one scale
     pieces, count = codes.numel() // piece, 4096 // piece
     _unpack_rows[(triton.cdiv(pieces, count),)](
-        codes, scales, out, pieces, RUN=run, PIECE=piece, COUNT=count, num_warps=4, **_overlapping(out.device)
+        codes, scales, out, pieces, RUN=run, PIECE=piece, COUNT=count, num_warps=4, **overlapping(out.device)
     )
 
 
@@ -122,7 +113,7 @@ def unpack_blocks(
     _unpack_blocks[(triton.cdiv(blocks, count),)](
         codes, scales, code, groups, levels, out, blocks,
         NESTED=NESTED_BLOCKSIZE if nested is not None else 0, RUN=run, COUNT=count, num_warps=4,
-        **_overlapping(out.device),
+        **overlapping(out.device),
     )  # fmt: skip
 
 
@@ -136,12 +127,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
 
 @triton.jit
 def _add_norm(
-    residual, y, gate, scale, shift, out,
-    ADD: tl.constexpr, EPS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
+    residual, y, gate, scale, shift, out, scales,
+    ADD: tl.constexpr, CODES: tl.constexpr, EPS: tl.constexpr,
+    DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, SIZE)[None, :]
     there = at < DIM
-    place = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64) * DIM + at
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = row[:, None].to(tl.int64) * DIM + at
     wait(PDL)
     let_next_start(PDL)
     x = tl.load(residual + place, mask=there, other=0.0)
@@ -151,22 +144,33 @@ def _add_norm(
     centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
     moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
-    tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
+    if CODES:
+        codes, steps = rounded_rows(moved)
+        tl.store(out + place, codes, mask=there)
+        tl.store(scales + row, steps)
+    else:
+        tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
 
 
 def add_norm(
-    residual: Tensor, added: tuple[Tensor, Tensor] | None, scale: Tensor, shift: Tensor, out: Tensor, eps: float
+    residual: Tensor,
+    added: tuple[Tensor, Tensor] | None,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor | tuple[Tensor, Tensor],
+    eps: float,
 ) -> None:
     """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm.
 
-    The number of rows is even.
+    out: [rows, dim], or int8 codes of it and what a code of each row is, float32 [rows]. The number of rows is even.
     """
     rows, dim = residual.shape
     gate, y = added if added is not None else (scale, residual)
+    place, scales = out if isinstance(out, tuple) else (out, residual)
     _add_norm[(rows // 2,)](
-        residual, y, gate, scale, shift, out,
-        ADD=added is not None, EPS=eps, DIM=dim, ROWS=2, SIZE=triton.next_power_of_2(dim), num_warps=4,
-        **_overlapping(out.device),
+        residual, y, gate, scale, shift, place, scales,
+        ADD=added is not None, CODES=isinstance(out, tuple), EPS=eps,
+        DIM=dim, ROWS=2, SIZE=triton.next_power_of_2(dim), num_warps=4, **overlapping(residual.device),
     )  # fmt: skip
 
 
@@ -202,7 +206,7 @@ def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Tenso
     d, part = 2 * rope[0].shape[1], 16
     _rotate[(tiles.shape[0] * (TILE // part), 2, 2)](
         qkv, *rope, tiles, pasts, rows // 2,
-        INNER=width // 3, D=d, TILE=TILE, ROWS=part, num_warps=4, **_overlapping(qkv.device),
+        INNER=width // 3, D=d, TILE=TILE, ROWS=part, num_warps=4, **overlapping(qkv.device),
     )  # fmt: skip
 
 
@@ -295,7 +299,7 @@ def attend(qkv: Tensor, tiles: Tensor, pasts: Tensor, out: Tensor, *, layer: int
     d = inner // heads
     _attend[(tiles.shape[0], heads, 2)](
         qkv, out, tiles, pasts, layer, rows // 2, LOG2_E / d**0.5,
-        TAILS=tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3, **_overlapping(qkv.device),
+        TAILS=tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3, **overlapping(qkv.device),
     )  # fmt: skip
 
 

@@ -6,9 +6,21 @@ each of them has waited itself. `let_next_start` lets the next one begin once al
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@cache
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """How to launch a kernel so that it starts while the one before it ends, where the device can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 @triton.jit

@@ -20,6 +20,7 @@ class View:
     given: Tensor  # x and the condition, [rows, 2 * mel + token + mel]
     residual: Tensor  # [rows, dim] float32
     normed: Tensor  # [rows, dim]
+    coded: tuple[Tensor, Tensor]  # the same as int8 codes, and what a code of each row is, float32 [rows]
     context: Tensor  # [rows, inner], the same memory
     qkv: Tensor  # [rows, 3 * inner]
     hidden: Tensor  # [rows, ff_dim], the same memory
@@ -75,6 +76,8 @@ class Room:
             name: torch.zeros(2 * half * width, dtype=torch.float32 if name == "residual" else dtype, device=device)
             for name, width in self._widths.items()
         }
+        self._codes = torch.zeros(2 * half, c.dim, dtype=torch.int8, device=device)
+        self._steps = torch.zeros(2 * half, device=device)
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
         self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
@@ -101,6 +104,7 @@ class Room:
             given=part("given", self._widths["given"]),
             residual=part("residual", c.dim),
             normed=part("normed", c.dim),
+            coded=(self._codes[:rows], self._steps[:rows]),
             context=part("normed", inner),
             qkv=part("wide", 3 * inner),
             hidden=part("wide", c.ff_dim),

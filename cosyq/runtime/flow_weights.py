@@ -11,10 +11,28 @@ import torch
 from torch import Tensor
 
 from cosyq.kernels import dit as kernels
+from cosyq.kernels.flow_products import fits
 from cosyq.model.config import FlowConfig
 from cosyq.quantize.linear import DequantLinear
 
-HALVES = {"attention": ("qkv", "out"), "feed-forward": ("up", "down")}  # of a block; what is unpacked together
+# Of a block, what is unpacked together: before its first product, and beside its attention.
+HALVES: dict[str, tuple[str, ...]] = {"attention": ("qkv", "out"), "feed-forward": ("up", "down")}
+CODED = ("qkv", "up")  # what a norm comes before, and may be multiplied as it is stored
+BESIDE: dict[str, tuple[str, ...]] = {"attention": (), "feed-forward": ("up", "down", "out")}  # if that takes codes
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix that is multiplied as it is stored: int8 [outputs, width], and the rows' absmax, float32 [outputs]."""
+
+    matrix: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, layers: Sequence[Any]) -> Codes:
+        """Of layers in int8 with one input. It begins where its kernel can read it from."""
+        first, *others = (layer.packed["weight"] for layer in layers)
+        codes = torch.cat([first, *others]) if others or first.data_ptr() % 16 else first
+        return cls((codes, torch.cat([layer.packed["SCB"] for layer in layers])))
 
 
 @dataclass(frozen=True)
@@ -80,11 +98,14 @@ _Part = tuple[Tensor | PackedRun, Tensor]  # what to unpack, and where to
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block. Matrices are its own, or places in the scratch that are valid once unpacked."""
+    """A transformer block. Matrices are its own, or places in the scratch that are valid once unpacked.
 
-    qkv: Tensor
+    Those whose inputs come from a norm may be codes.
+    """
+
+    qkv: Tensor | Codes
     out: Tensor
-    up: Tensor
+    up: Tensor | Codes
     down: Tensor
     qkv_bias: Tensor
     out_bias: Tensor
@@ -93,26 +114,32 @@ class Block:
     parts: dict[str, tuple[_Part, ...]]
 
     @classmethod
-    def of(cls, block: Any, config: FlowConfig, scratch: Tensor) -> Block:
+    def of(cls, block: Any, config: FlowConfig, scratch: Tensor, *, coded: bool) -> Block:
+        """coded: in int8 what can be is multiplied as it is stored, by inputs that are rounded to eight bits."""
         a, f = block.attn, block.ff
-        places = [scratch[place] for place in scratch_places(config)]
-        groups = [a.to_q, a.to_k, a.to_v], [a.to_out], [f.up], [f.down]
-        found = [_matrix(layers, place) for layers, place in zip(groups, places, strict=True)]
-        qkv, out, up, down = (matrix for matrix, _ in found)
+        groups = {"qkv": [a.to_q, a.to_k, a.to_v], "out": [a.to_out], "up": [f.up], "down": [f.down]}
+        places = dict(zip(groups, (scratch[place] for place in scratch_places(config)), strict=True))
+        codes = {name: Codes.of(groups[name]) for name in CODED if coded and _as_stored(groups[name])}
+        found = {name: _matrix(groups[name], places[name]) for name in groups if name not in codes}
+        matrices = {name: matrix for name, (matrix, _) in found.items()}
         return cls(
-            qkv,
-            out,
-            up,
-            down,
+            codes.get("qkv") or matrices["qkv"],
+            matrices["out"],
+            codes.get("up") or matrices["up"],
+            matrices["down"],
             torch.cat([a.to_q.bias, a.to_k.bias, a.to_v.bias]),
             a.to_out.bias,
             f.up.bias,
             f.down.bias,
             {
-                half: _merged([part for _, parts in pair for part in parts])
-                for half, pair in zip(HALVES, (found[:2], found[2:]), strict=True)
+                half: _merged([part for name in names if name in found for part in found[name][1]])
+                for half, names in (BESIDE if "qkv" in codes else HALVES).items()
             },
         )
+
+    @property
+    def halves(self) -> dict[str, tuple[str, ...]]:
+        return BESIDE if isinstance(self.qkv, Codes) else HALVES
 
     @property
     def scratch_bytes(self) -> int:
@@ -129,7 +156,7 @@ class Block:
         They are not copied from the scratch: what is unpacked there next would not wait for the copy.
         """
         own: dict[str, Tensor] = {}
-        for half, names in HALVES.items():
+        for half, names in self.halves.items():
             places = [place for _, place in self.parts[half]]
             if not places:
                 continue
@@ -141,7 +168,9 @@ class Block:
             scratch = places[0].untyped_storage().data_ptr()
             matrices = {name: getattr(self, name) for name in names}
             own |= {
-                n: _moved(m, first, memory) for n, m in matrices.items() if m.untyped_storage().data_ptr() == scratch
+                name: _moved(matrix, first, memory)
+                for name, matrix in matrices.items()
+                if isinstance(matrix, Tensor) and matrix.untyped_storage().data_ptr() == scratch
             }
         return replace(self, **own, parts=dict.fromkeys(HALVES, ()))
 
@@ -173,6 +202,12 @@ def scratch_places(c: FlowConfig) -> list[slice]:
         slice(0, up),
         slice(up, up + down),
     ]
+
+
+def _as_stored(layers: Sequence[Any]) -> bool:
+    """Whether layers with one input can be multiplied as they are stored."""
+    whole = all(isinstance(layer, DequantLinear) and layer.format.name == "int8" for layer in layers)
+    return whole and fits(sum(layer.shape[0] for layer in layers), layers[0].shape[1])
 
 
 def _matrix(layers: Sequence[Any], place: Tensor) -> tuple[Tensor, list[_Part]]:

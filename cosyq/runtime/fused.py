@@ -1,4 +1,4 @@
-"""The engine `fused`: our own kernels on a CUDA GPU, over the packed weights as they are stored."""
+"""The engines `fused` and `fused8`: our own kernels on a CUDA GPU, over the packed weights as they are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cosyq.model.flow import nothing
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
-from cosyq.runtime.engine import Chunk, TorchEngine
+from cosyq.runtime.engine import Chunk, EngineName, TorchEngine
 from cosyq.runtime.flow_past import Past, Pasts, numbers, whole_blocks
 from cosyq.runtime.fused_flow import FusedFlow, Utterance
 from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
@@ -35,11 +35,11 @@ class FusedEngine(TorchEngine):
     flow_frames = 1024  # more fill the GPU each by itself
     growth = Growth(4, 16)
 
-    def __init__(self, artifact: Artifact, device: torch.device, dtype: torch.dtype):
+    def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
         begun = begin_kernels(device, dtype)
-        super().__init__(artifact, "fused", device, dtype)
+        super().__init__(artifact, name, device, dtype)
         self._lm = FusedLM(self.llm, dtype)
-        self._solver = FusedFlow(self.flow)
+        self._solver = FusedFlow(self.flow, coded=name == "fused8")
         for thread in begun:
             thread.join()
         self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]

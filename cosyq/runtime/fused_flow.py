@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from cosyq.kernels import dit as kernels
+from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, nothing, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
-from cosyq.runtime.flow_weights import Block, convolutions, scratch_places
+from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
 from cosyq.runtime.transfer import sent
 
@@ -53,9 +54,12 @@ class Utterance:
 
 
 class FusedFlow:
-    """A `Flow`'s call, faster; for one thread at a time. Takes the flow apart: its estimator is used up."""
+    """A `Flow`'s call, faster; for one thread at a time. Takes the flow apart: its estimator is used up.
 
-    def __init__(self, flow: Flow):
+    coded: int8 weights behind a norm are multiplied as they are stored, and what it gives is rounded to eight bits.
+    """
+
+    def __init__(self, flow: Flow, *, coded: bool = False):
         estimator, self.config = flow.estimator, flow.config
         self.dtype, self.device = estimator.dtype, estimator.proj_out.weight.device
         self._tables = {
@@ -72,7 +76,7 @@ class FusedFlow:
         )
         self._blocks: list[Block] = []
         for index in range(self.config.depth):  # one by one, so that only one is there twice
-            self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch))
+            self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch, coded=coded))
             estimator.blocks[index] = nn.Identity()
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
@@ -277,22 +281,29 @@ class FusedFlow:
             tails, frames = keep[0], keep[1].shape[2]
             for tail, read in zip(tails, (v.change, v.normed), strict=True):
                 tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
-        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], v.normed, NORM_EPS)
+        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
-            _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
+            if isinstance(block.qkv, Codes):
+                times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv)
+            else:
+                _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
             kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
             if keep is not None:
                 keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
             kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
-            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, v.normed, NORM_EPS)
-            kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
+            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
+            if isinstance(block.up, Codes):
+                times_codes(v.coded, block.up.matrix, block.up_bias, v.hidden, gelu=True)
+            else:
+                kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
             _product(v.hidden, block.down, block.down_bias, v.change)
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
-            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, v.normed, NORM_EPS)
+            into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
+            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
         kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
 
@@ -325,6 +336,11 @@ def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int
 def _branches(rows: Tensor, frames: int) -> Tensor:
     """The first frames of each half of rows [n, width], [2, frames, width]."""
     return rows.view(2, -1, rows.shape[1])[:, :frames]
+
+
+def _input(v: View, weight: Tensor | Codes) -> Tensor | tuple[Tensor, Tensor]:
+    """Where a norm leaves what a matrix is multiplied by."""
+    return v.coded if isinstance(weight, Codes) else v.normed
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

@@ -15,7 +15,6 @@ It knows text and options, ids and samples; not HTTP, clients, or how long a que
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -29,11 +28,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from cosyq.errors import CosyqError, DeviceError
+from cosyq.errors import CosyqError
 from cosyq.runtime.batch import News
 from cosyq.runtime.clock import SILENCE, Audio
 from cosyq.runtime.decode import Finish
 from cosyq.runtime.engine import Engine
+from cosyq.runtime.failing import explained, is_fatal, lost
 from cosyq.runtime.flight import POSITIONS, ROOM, Flight, GoneError, Heard, Line, Listener
 from cosyq.runtime.request import Options
 from cosyq.runtime.sound import Sound
@@ -49,8 +49,6 @@ AHEAD = 2  # steps of the language model that a GPU has been given, so that it n
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
 PATIENCE = 5.0  # seconds for the thread to end
-
-log = logging.getLogger("cosyq.runtime")
 
 
 class InFlight:
@@ -446,20 +444,13 @@ class InFlight:
         return True
 
     def _explain(self, error: Exception) -> CosyqError:
-        if isinstance(error, CosyqError):
-            return error
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            return DeviceError("out of memory", where="device", remedy="give a shorter text")
-        if is_fatal(error):
-            lost = DeviceError(f"the device has failed ({str(error).splitlines()[0][:160]})", where="device")
-            if not self._closed:
-                with self._changed:
-                    self._closed = True
-                self._on_fatal(lost)
-            return GoneError("the device has failed")
-        log.exception("speaking failed", exc_info=error)
-        return CosyqError(f"internal error: {type(error).__name__}")
+        """What a listener is told; where the device is lost, nothing is spoken from here on."""
+        why = explained(error)
+        if why is not error and isinstance(why, GoneError) and not self._closed:
+            with self._changed:
+                self._closed = True
+            self._on_fatal(lost(error))
+        return why
 
     def _leave(self, flight: Flight) -> None:
         if flight.row is not None:
@@ -501,8 +492,3 @@ def rows_for(engine: Engine) -> int:
     row = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (POSITIONS + ROOM) * 2  # 16 bits
     fit = int(SHARE * torch.cuda.mem_get_info(engine.device)[0] / row)
     return min(1 << max(fit.bit_length() - 1, 0), MOST_ROWS)
-
-
-def is_fatal(error: Exception) -> bool:
-    """After an error of CUDA's own the process can do nothing more on the device."""
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

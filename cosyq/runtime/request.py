@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -12,6 +13,7 @@ import torch
 
 from cosyq.artifact.reader import Artifact
 from cosyq.errors import UsageError
+from cosyq.model.config import FlowConfig
 from cosyq.runtime.decode import Part
 from cosyq.runtime.interleave import Frame, interleaved, whole
 from cosyq.runtime.speed import FASTEST, SLOWEST
@@ -22,6 +24,7 @@ from cosyq.voices.voice import Voice, load_voice
 MIN_SPEECH_PER_TEXT, MAX_SPEECH_PER_TEXT = 2, 20  # speech tokens per text token, the original's bounds
 MAX_SEED = 2**63 - 1
 PARAGRAPH_PAUSE = 0.4  # seconds
+VOICES_KEPT = 64  # in memory, a tenth of a megabyte each
 NEUTRAL = "neutral"  # the voice of an artifact without voices: no speaker vector, the flow's average
 
 
@@ -92,12 +95,26 @@ def find_voice(artifact: Artifact, name: str | None = None) -> Voice:
     if name is None:
         name = "default" if "default" in files else next(iter(files), NEUTRAL)
     if name in files:
-        return load_voice(files[name], config)
+        return _read(files[name], config)
     if name == NEUTRAL:
         return Voice.from_speaker(NEUTRAL, torch.zeros(config.speaker_dim), config.mel_dim)
     if name.endswith(".safetensors"):
-        return load_voice(Path(name), config)
+        return _read(Path(name), config)
     raise UsageError("unknown voice", where=name, remedy=f"the artifact has: {', '.join(voice_names(artifact))}")
+
+
+def _read(path: Path, config: FlowConfig) -> Voice:
+    """A file's voice, as it is now; what a server's requests have in common is read once."""
+    try:
+        about = path.stat()
+    except OSError:
+        return load_voice(path, config)  # which says what is wrong
+    return _read_once(path, config, (about.st_ino, about.st_mtime_ns, about.st_size))
+
+
+@lru_cache(VOICES_KEPT)
+def _read_once(path: Path, config: FlowConfig, _: tuple[int, int, int]) -> Voice:
+    return load_voice(path, config)
 
 
 class Requests:

@@ -180,7 +180,7 @@ def load(
         artifact: a folder, or an artifact that was opened already.
         device: auto, cpu, cuda or cuda:N.
         dtype: what matrix products are computed in: auto, bf16, fp16 or fp32.
-        engine: auto, `fused`, `cpu`, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
+        engine: auto, `fused`, `fused8`, `cpu`, `reference`, `unpacked` or `bnb`; see `runtime.engine`.
 
     Raises:
         ArtifactError: it is missing, damaged or too new.
@@ -190,10 +190,10 @@ def load(
     opened = artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact))
     place = pick_device(device)
     name, arithmetic = pick_engine(engine, place), pick_dtype(dtype, place)
-    if name == "fused":
+    if name in ("fused", "fused8"):
         begin_kernels(place, arithmetic)  # beside the import
         from cosyq.runtime.fused import FusedEngine  # Triton is not everywhere
 
-        return Synthesizer(opened, FusedEngine(opened, place, arithmetic), time.perf_counter() - started)
+        return Synthesizer(opened, FusedEngine(opened, name, place, arithmetic), time.perf_counter() - started)
     kind = CpuEngine if name == "cpu" else TorchEngine
     return Synthesizer(opened, kind(opened, name, place, arithmetic), time.perf_counter() - started)

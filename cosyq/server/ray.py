@@ -51,7 +51,7 @@ class Options(BaseModel):
     wait: Annotated[float, Field(ge=0.1)] = 20.0
     deadline: Annotated[float, Field(ge=1)] = 300.0
     drain: Annotated[float, Field(ge=0)] = 30.0
-    engine: Literal["auto", "fused", "cpu", "reference", "unpacked", "bnb"] = "auto"
+    engine: Literal["auto", "fused", "fused8", "cpu", "reference", "unpacked", "bnb"] = "auto"
     device: str = "auto"
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     min_replicas: Annotated[int, Field(ge=0)] = 1

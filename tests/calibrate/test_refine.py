@@ -126,6 +126,6 @@ def test_the_divergence_falls_where_nothing_was_learned(artifact_of):
 def test_refinement_that_changes_nothing_stops_the_build(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(refining, "PACE", 0.0)
     monkeypatch.setattr(refining, "RATE", 0.0)
-    assert quantize(tmp_path / "a", REFINED) == 3
+    assert quantize(tmp_path / "a", "stages.llm.calibrate={sequences: 2, refine: 1}") == 3
     assert "stages.llm.calibrate.refine: refinement improved nothing" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

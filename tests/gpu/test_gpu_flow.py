@@ -49,22 +49,33 @@ def distance(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_as_near_to_float32_as_the_plain_flow_in_bf16(fmt, noise):
+def rounded(_, args):
+    """What a norm leaves, to eight bits, as products of codes take it."""
+    step = args[0].abs().amax(-1, keepdim=True) / 127
+    return (args[0] / step).round() * step, *args[1:]
+
+
+@pytest.mark.parametrize(("fmt", "coded"), [*((fmt, False) for fmt in FORMATS), (FORMATS[0], True)], ids=str)
+def test_as_near_to_float32_as_the_plain_flow_in_bf16(fmt, coded, noise):
+    """With products of codes as near as one that rounds the same inputs to eight bits."""
     cases = (offline(), streamed())
     exact = random_flow(fmt, torch.float32, CUDA)
     expected = [called(exact, u, noise) for u in cases]
     plain = random_flow(fmt, torch.bfloat16, CUDA)
+    for block in plain.estimator.blocks if coded else ():
+        block.attn.register_forward_pre_hook(rounded)
+        block.ff.register_forward_pre_hook(rounded)
     bounds = [1.5 * distance(called(plain, u, noise), e) for u, e in zip(cases, expected, strict=True)]
-    fused = FusedFlow(plain)
+    fused = FusedFlow(plain, coded=coded)
     for u, e, bound in zip(cases, expected, bounds, strict=True):
         first, again = called(fused, u, noise), called(fused, u, noise)
         assert torch.equal(first, again)  # launched step by step, then replayed
         assert distance(first, e) < bound
 
 
-def test_neighbours_change_nothing_but_roundings(noise):
-    fused = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA))
+@pytest.mark.parametrize("coded", [False, True])
+def test_neighbours_change_nothing_but_roundings(coded, noise):
+    fused = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA), coded=coded)
     some = [
         offline(),
         streamed(),
@@ -76,9 +87,10 @@ def test_neighbours_change_nothing_but_roundings(noise):
         assert distance(found, expected) < 0.02
 
 
-def test_a_kept_prompt_changes_nothing_but_roundings(noise):
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_kept_prompt_changes_nothing_but_roundings(coded, noise):
     """Launched step by step, then replayed; beside an utterance of which nothing is kept."""
-    fused, u = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA)), streamed()
+    fused, u = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA), coded=coded), streamed()
     expected = called(fused, u, noise)
     past = fused.keep(u.tokens[:78], u.speaker, u.prompt_mel[:150], noise, steps=10)
     asked = [offline(), replace(u, past=past)]

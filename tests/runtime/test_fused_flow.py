@@ -27,10 +27,10 @@ INT8, NF4 = Format("int8"), four_bit("nf4", 64)
 EXACT = 1e-5  # float32 sums in another order, through the steps
 
 
-def network(*formats):
+def network(*formats, config=SMALL):
     """A small random flow; its blocks' linears packed in turn by `formats`, None for none."""
     torch.manual_seed(2)
-    flow = Flow(SMALL, (1, 2))
+    flow = Flow(config, (1, 2))
     for name, parameter in flow.named_parameters():
         fan_in = parameter[0].numel() if parameter.dim() > 1 else 25
         nn.init.normal_(parameter, std=0.3 if name.startswith("adaln") else 0.7 / fan_in**0.5)
@@ -206,3 +206,29 @@ def test_layers_of_one_kind_unpack_as_one(fmt):
     out = torch.full((both.count,), float("nan"))
     both.unpack(out)
     assert torch.equal(out, torch.cat([layer.weight().view(-1) for layer in layers]))
+
+
+def rounded(_, args):
+    """What a norm leaves, to eight bits."""
+    step = args[0].abs().amax(-1, keepdim=True) / 127
+    return (args[0] / step).round() * step, *args[1:]
+
+
+def test_products_of_codes_are_those_of_rounded_inputs():
+    """In float32, where next to no code falls the other way; streamed, beside another, and after a kept prompt."""
+    wide = replace(SMALL, dim=256, heads=4, head_dim=64, ff_dim=256, conv_groups=2)
+    plain, fused = network(INT8, config=wide), FusedFlow(network(INT8, config=wide), coded=True)
+    exact = called(plain, STREAMED, 1)
+    for block in plain.estimator.blocks:
+        block.attn.register_forward_pre_hook(rounded)
+        block.ff.register_forward_pre_hook(rounded)
+    assert relative(exact, called(plain, STREAMED, 1)) > 1e-3
+    kept, noise = utterance(19, 14, streaming=True, final=False), start_noise(SMALL)
+    past = fused.keep(kept.tokens[: 10 + 3], kept.speaker, kept.prompt_mel[:20], noise, steps=1)
+    asked = [STREAMED, replace(kept, past=past)]
+    found = fused.solve(asked, noise, steps=1)
+    for mel, u in zip(found, asked, strict=True):
+        assert relative(mel, called(plain, u, 1)) < 1e-4
+    assert fused.unpack(1 << 30) == 2 * 2 * 256 * 256 * 4  # of two blocks the matrices that no norm comes before
+    for mel, again in zip(found, fused.solve(asked, noise, steps=1), strict=True):
+        assert torch.equal(mel, again)

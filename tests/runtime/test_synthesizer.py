@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import cosyq
 from cosyq.errors import ArtifactError, DeviceError, UsageError
 from cosyq.model.vocoder import StreamState
 from cosyq.quantize.linear import PackedLinear
+from cosyq.runtime import request
 from cosyq.runtime.decode import Silence
 from cosyq.runtime.engine import pick_device
 from cosyq.runtime.request import NEUTRAL
 from cosyq.runtime.schedule import shown_prompt
-from cosyq.voices.voice import Voice
+from cosyq.voices.voice import Voice, load_voice
 
-TEXT = "hello world, the quick brown fox jumps over the lazy dog again"
+TEXT = "hello world, the quick brown fox"
 
 
 @pytest.fixture(scope="module")
@@ -220,10 +222,11 @@ def test_conversion_says_the_same_tokens_in_another_voice(tts, voice):
             tts.convert([1] * count, voice=voice)
 
 
-LONG = "hello world. the quick brown fox jumps over the lazy dog. " * 3 + "\n\nanother paragraph begins here, and ends."
+LONG = "hello world. the quick brown fox. " * 2 + "\n\nanother paragraph."
 
 
-def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
+def test_long_text_is_spoken_utterance_by_utterance(tts, voice, monkeypatch):
+    monkeypatch.setattr("cosyq.text.split.split_text.__defaults__", (30,))  # tokens of an utterance, for less to say
     manner = tts.requests.manner({"voice": voice, "seed": 4})
     utterances = tts.requests.utterances(LONG, manner)
     assert len(utterances) > 2
@@ -245,3 +248,22 @@ def test_long_text_is_spoken_utterance_by_utterance(tts, voice):
     assert sum(len(c.samples) for c in streamed) == len(whole.samples)
     assert {chunk.seed for chunk in streamed} == {4}
     assert streamed[-1].timings.audio_seconds == pytest.approx(len(whole.samples) / 24000)
+
+
+def test_a_voice_is_read_once_until_its_file_changes(tts, voice, tmp_path, monkeypatch):
+    reads = []
+    monkeypatch.setattr(request, "load_voice", lambda path, config: reads.append(path) or load_voice(path, config))
+    path = tmp_path / "some.safetensors"
+    path.write_bytes(voice.to_bytes())
+    assert request.find_voice(tts.artifact, str(path)) is request.find_voice(tts.artifact, str(path))
+    assert len(reads) == 1
+    path.unlink()
+    path.write_bytes(replace(voice, transcript="another").to_bytes())
+    assert request.find_voice(tts.artifact, str(path)).transcript == "another"
+    path.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(ArtifactError):
+            request.find_voice(tts.artifact, str(path))
+    path.unlink()
+    with pytest.raises(ArtifactError, match="no such voice"):
+        request.find_voice(tts.artifact, str(path))
