@@ -55,7 +55,6 @@ def begin_kernels(device: torch.device, dtype: torch.dtype) -> tuple[threading.T
     libraries of their own, up to 0.06 s each. They serve who comes when the threads are done.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
-    os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")  # it would read all that led to a kernel, too
     return _begin("compiler", _hash), _begin("kernels", lambda: _use(device, dtype))
 
 

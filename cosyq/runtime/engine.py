@@ -10,7 +10,6 @@ the memory that a model without quantization needs. `bnb` has bitsandbytes' own 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, Protocol
@@ -22,7 +21,6 @@ from cosyq.artifact.reader import Artifact, load_stage, text_rows
 from cosyq.errors import DeviceError
 from cosyq.model.config import ModelConfig
 from cosyq.model.flow import Flow, nothing, start_noise
-from cosyq.model.inventory import Stage
 from cosyq.model.llm import KVCache, LanguageModel
 from cosyq.model.vocoder import StreamState, Vocoder
 from cosyq.quantize.linear import Matmul, multiplies_bfloat16, weight_bytes
@@ -146,19 +144,10 @@ class TorchEngine:
         self.device, self.dtype = device, dtype
         self.config = artifact.manifest.model
         self._text_rows: Callable[[list[int]], Tensor] = text_rows(artifact)
-        how: list[tuple[Stage, torch.dtype, Matmul]]
-        how = [("llm", dtype, stepping), ("flow", dtype, matmul), ("vocoder", torch.float32, matmul)]
-        # Side by side for a GPU, since copies leave Python to others; a CPU's own products are on all of it already.
-        with ThreadPoolExecutor(len(how) if device.type == "cuda" else 1) as pool:
-            read = [
-                pool.submit(load_stage, artifact, stage, device=device, dtype=numbers, matmul=product)
-                for stage, numbers, product in how
-            ]
-        llm, flow, vocoder = (stage.result() for stage in read)
-        self.llm: LanguageModel = llm  # type: ignore[assignment]
-        self.flow: Flow = flow  # type: ignore[assignment]
-        self.vocoder: Vocoder = vocoder  # type: ignore[assignment]
-        stages = {"llm": llm, "flow": flow, "vocoder": vocoder}
+        self.llm: LanguageModel = load_stage(artifact, "llm", device=device, dtype=dtype, matmul=stepping)  # type: ignore[assignment]
+        self.flow: Flow = load_stage(artifact, "flow", device=device, dtype=dtype, matmul=matmul)  # type: ignore[assignment]
+        self.vocoder: Vocoder = load_stage(artifact, "vocoder", device=device, dtype=torch.float32, matmul=matmul)  # type: ignore[assignment]
+        stages = {"llm": self.llm, "flow": self.flow, "vocoder": self.vocoder}
         self.weights = {name: weight_bytes(network) for name, network in stages.items()}
         self._noise = start_noise(self.config.flow).to(device)
 

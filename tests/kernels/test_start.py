@@ -13,7 +13,6 @@ from cosyq.kernels import start
 
 def test_triton_has_hashed_itself_when_the_threads_are_done(monkeypatch, capsys):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "0")
     start.begin_kernels.cache_clear()
     triton_key.cache_clear()
     threads = start.begin_kernels(torch.device("cpu"), torch.float32)
