@@ -48,6 +48,7 @@ IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
+SHORT = 300  # characters of a text that is read in passing, in half a millisecond for 64
 PATIENCE = 5.0  # seconds for the thread to end
 
 
@@ -97,7 +98,10 @@ class InFlight:
             if self._closed:
                 raise GoneError("nothing is spoken here any more")
             self._waiting.append(flight)
-        if isinstance(text, str):
+        if isinstance(text, str) and len(text) <= SHORT:
+            flight.unread = partial(flight.write, self.tts, text, options)
+            self.wake()
+        elif isinstance(text, str):
             self._preparing.submit(flight.write, self.tts, text, options)
         else:
             reading = (self.tts, text, options)
@@ -209,6 +213,7 @@ class InFlight:
     def _sweep(self) -> None:
         for flight in [f for f in self._active if f.listener.cancelled]:
             self._end(flight, GoneError("the speech was stopped"))
+        self._read()
         with self._changed:
             left = [f for f in self._waiting if f.listener.cancelled]
             for flight in left:
@@ -221,6 +226,18 @@ class InFlight:
             self._end(flight, GoneError("the speech was stopped"))
         for flight in came:
             flight.listener.begin()
+
+    def _read(self) -> None:
+        """Read the short texts of those who can be taken in.
+
+        Another thread would take longer, and this one's time as well: they would contend for Python's lock.
+        """
+        with self._changed:
+            unread = [f for f in self._waiting if f.unread and not f.listener.cancelled]
+        for flight in unread[: self.rows - len(self._active)]:
+            read, flight.unread = flight.unread, None
+            assert read is not None
+            read()
 
     def _show(self, flight: Flight) -> bool:
         """The next part of an utterance, if it is time and there is one. The words run at most one utterance ahead."""

@@ -351,6 +351,22 @@ def test_ids_wait_for_a_step_of_many_where_there_is_audio_in_hand(batch):
     batch._active, batch._decoder = [], decoder
 
 
+def test_short_texts_are_read_by_the_thread_that_speaks_them(batch, monkeypatch):
+    readers = []
+    read = batch.tts.requests.utterances
+    monkeypatch.setattr(
+        batch.tts.requests, "utterances", lambda *a: readers.append(threading.current_thread().name) or read(*a)
+    )
+    for text in ("a", "a " * inflight.SHORT):
+        ear = submit(batch, text)
+        while not (ear.began.wait(0.001) or ear.over.is_set()):
+            pass
+        ear.cancel()
+        assert ear.over.wait(20)
+    assert readers[0] == "in-flight"
+    assert readers[1].startswith("preparing")
+
+
 def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, voice):
     """Also where one of them leaves meanwhile, and one cannot be rendered."""
     engine.flow_frames, engine.delay = 10_000, 0.01
