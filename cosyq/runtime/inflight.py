@@ -44,7 +44,6 @@ MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
 SPARE = 0.1  # of it, for what an engine makes ready
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
-MANY = 2  # where more than one in so many of those in flight lack ids, they are drawn before a render that can wait
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
@@ -361,13 +360,11 @@ class InFlight:
         if not due:
             return []
         driest = due[0]
+        expecting = any(not f.started and f.line_drawn for f in self._active)
+        can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
+        if can_wait and expecting and self._held < IDS_HELD:
+            return []
         engine, steps = self.tts.engine, driest.lines[0].rendering.steps
-        drawing = [f for f in self._active if f.line_drawn and self._lacks(f)]
-        if driest.started and driest.dry_at - time.monotonic() > IN_HAND:
-            expecting = any(not f.started for f in drawing)
-            many = engine.flow_frames > 0 and MANY * len(drawing) > len(self._active)
-            if many or (expecting and self._held < IDS_HELD):
-                return []
         for flight in due:
             if flight.started and engine.flow_frames:
                 flight.lines[0].rendering.stretch(engine.flow_frames)

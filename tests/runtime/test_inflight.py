@@ -353,7 +353,7 @@ def test_ids_wait_for_a_step_of_many_where_there_is_audio_in_hand(batch):
 
 
 def test_ids_are_drawn_to_the_end_where_there_is_audio_in_hand(batch, engine):
-    """If all of an utterance goes through the flow with each of its chunks; and by many before what can wait."""
+    """If all of an utterance goes through the flow with each of its chunks."""
 
     def flight(started, sent, due=True, drawing=True):
         about = {"due": 5 if due else None, "frames": 100, "steps": 10, "stretch": lambda _: None}
@@ -368,8 +368,6 @@ def test_ids_are_drawn_to_the_end_where_there_is_audio_in_hand(batch, engine):
         (400, [rich], []),
         (400, [rich, poor, whole, whole], [poor, whole, whole]),
         (400, [rich, whole, whole], [whole, whole]),
-        (400, [rich, rich, whole], []),  # a step is of many, and nobody waits for the chunk
-        (400, [rich, rich, poor], [poor]),
     ):
         engine.flow_frames, batch._active = frames, flights
         assert batch._choose() == chosen
