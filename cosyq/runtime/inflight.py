@@ -277,7 +277,7 @@ class InFlight:
         """
         drawing = self._drawing()
         soon = time.monotonic() + IN_HAND if urgent else math.inf
-        if not any(f.dry_at < soon and self._lacks(f) for f in drawing.values()):
+        if not any(f.dry_at < soon and f.lines[0].rendering.due is None for f in drawing.values()):
             return False
         if self._decoder.unread >= AHEAD:
             return False
@@ -290,16 +290,6 @@ class InFlight:
             return True
         self._held += self._decoder.burst
         return self._listen() or True
-
-    def _lacks(self, flight: Flight) -> bool:
-        """Whether somebody whose ids are drawn lacks those of the next chunk.
-
-        Where a chunk costs the flow all that came before it, whoever has audio in hand goes on to the utterance's end.
-        """
-        if flight.lines[0].rendering.due is None:
-            return True
-        whole = self.tts.engine.flow_frames > 0 and flight.lines[0].drawing
-        return whole and flight.dry_at > time.monotonic() + IN_HAND
 
     def _drawing(self) -> dict[int, Flight]:
         """Whose ids are drawn, by their rows."""
@@ -355,7 +345,7 @@ class InFlight:
 
     def _choose(self) -> list[Flight]:
         """Whose chunks to render: the most urgent one, and those beside it for which that is as urgent."""
-        due = [f for f in self._active if f.lines and not self._lacks(f)]
+        due = [f for f in self._active if f.lines and f.lines[0].rendering.due is not None]
         due.sort(key=lambda flight: flight.dry_at)  # and who has no audio yet in order of arrival
         if not due:
             return []
@@ -365,9 +355,6 @@ class InFlight:
         if can_wait and expecting and self._held < IDS_HELD:
             return []
         engine, steps = self.tts.engine, driest.lines[0].rendering.steps
-        for flight in due:
-            if flight.started and engine.flow_frames:
-                flight.lines[0].rendering.stretch(engine.flow_frames)
         chosen, taken = [driest], driest.lines[0].rendering.frames
         for flight in due[1:]:
             rendering = flight.lines[0].rendering
