@@ -1,10 +1,11 @@
 """The flow on a GPU: packed weights unpacked a block at a time, steps as CUDA graphs, utterances side by side.
 
 A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
-evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that. One
-evaluation is a CUDA graph, captured while the first of its length runs, so that even a first utterance gains by it.
-What changes from step to step, the timestep's modulation and size, is copied in before each replay. What comes before
-the first step is a graph too: launched one by one, its kernels would take as long as a step of a short utterance.
+evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that; where it
+is asked for, two of the products take int8 as it is stored (`kernels.flow_products`). One evaluation is a CUDA graph,
+captured while the first of its length runs, so that even a first utterance gains by it. What changes from step to step,
+the timestep's modulation and size, is copied in before each replay. What comes before the first step is a graph too:
+launched one by one, its kernels would take as long as a step of a short utterance.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from cosyq.kernels import dit as kernels
 from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
-from cosyq.model.flow import Flow, nothing, time_steps
+from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
@@ -95,16 +96,13 @@ class FusedFlow:
         streaming: bool,
         final: bool,
         steps: int,
-        between: Callable[[], None] = nothing,
     ) -> Tensor:
-        """As `Flow.forward`."""
+        """As `Flow.forward`, but launched as a whole: nothing is called between the steps."""
         alone = Utterance(tokens, speaker, prompt_mel, streaming, final)
-        return self.solve([alone], noise, steps=steps, between=between)[0]
+        return self.solve([alone], noise, steps=steps)[0]
 
     @torch.inference_mode()
-    def solve(
-        self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int, between: Callable[[], None] = nothing
-    ) -> list[Tensor]:
+    def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
         """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
 
         What an utterance becomes depends on its neighbours by rounding at most.
@@ -132,7 +130,6 @@ class FusedFlow:
             view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
             first += length
         for row, past in zip(table, pasts, strict=True):
-            between()
             self._row.copy_(row)
             view.pasts.copy_(past)
             self._launch(lambda: self._step(view), (half, tiles))

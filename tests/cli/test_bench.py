@@ -104,7 +104,8 @@ def test_what_is_refused(cli, artifact_of, tmp_path, scratch):
         refused(cli("bench", *here, "--streams", nonsense), 2, "expected numbers from 1 to 256")
     assert cli("bench", *here, "--engine", "warp")[0] == 2
     assert cli("bench", *here, "--seconds", "0")[0] == 2
-    refused(cli("bench", *here, "--engine", "fused", "--device", "cpu"), 4, "needs a CUDA GPU")
+    for engine in ("fused", "fused8"):
+        refused(cli("bench", *here, "--engine", engine, "--device", "cpu"), 4, f"the engine {engine} needs a CUDA GPU")
     refused(cli("bench", *here, "--flow-steps", "7", "--device", "cpu"), 2, "it has: 10")
     several = ("-a", artifact_of("int8", "stages.flow.steps=[10,4]"), "--flow-steps", "4", "--device", "cpu")
     refused(cli("bench", *several, "--parts", "serve"), 2, "a server of this artifact takes 10")
