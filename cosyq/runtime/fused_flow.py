@@ -1,11 +1,11 @@
 """The flow on a GPU: packed weights unpacked a block at a time, steps as CUDA graphs, utterances side by side.
 
 A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
-evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that; where it
-is asked for, two of the products take int8 as it is stored (`kernels.flow_products`). One evaluation is a CUDA graph,
-captured while the first of its length runs, so that even a first utterance gains by it. What changes from step to step,
-the timestep's modulation and size, is copied in before each replay. What comes before the first step is a graph too:
-launched one by one, its kernels would take as long as a step of a short utterance.
+evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that; where
+it is asked for, two of the products take int8 as it is stored (`kernels.flow_products`). One evaluation is a CUDA
+graph, captured while the first of its length runs, so that even a first utterance gains by it. What changes from step
+to step, the timestep's modulation and size, is copied in before each replay. What comes before the first step is a
+graph too: launched one by one, its kernels would take as long as a step of a short utterance.
 """
 
 from __future__ import annotations
