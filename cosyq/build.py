@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -58,6 +59,11 @@ class Build:
     @property
     def bytes(self) -> int:
         return sum(decision.bytes for decisions in self.plan.values() for decision in decisions)
+
+    @cached_property
+    def voices(self) -> list[tuple[str, Voice]]:
+        """By name, enrolled when they are first asked for; errors as of `voices.entries.make`."""
+        return make(self.recipe, self.encoders, self.checkpoint.config.flow)
 
 
 def source_folder(recipe: Recipe) -> Path:
@@ -124,7 +130,7 @@ def run(
     check_output(output, force=force)
     check_room(output, build.bytes)
     progress("voices", 0, build.bytes)
-    voices = make(build.recipe, build.encoders, build.checkpoint.config.flow)
+    voices = build.voices
     files = build.checkpoint.files | (encoder_files(build.encoders) if build.encoders else {})
     # Hashing 3.4 GB takes as long as packing it, and both leave the interpreter's lock alone.
     with ThreadPoolExecutor(1) as pool, new_folder(output, force=force) as folder:

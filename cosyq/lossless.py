@@ -6,7 +6,7 @@ Everything compares artifacts then: one way to read weights, one way to speak.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from cosyq import build
-from cosyq.artifact.manifest import Manifest
+from cosyq.artifact.manifest import VOICE_FOLDER, Manifest
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.build import Progress
 from cosyq.recipe import Recipe, Source, Stages
 from cosyq.voices.enrol import ENCODER_FILES
+from cosyq.voices.voice import Voice
 
 FP32 = "fp32"
 
@@ -54,9 +55,16 @@ def _recipe(source: Source, steps: list[int]) -> Recipe:
 
 @contextmanager
 def lossless(
-    recipe: Recipe, device: torch.device, progress: Progress, *, beside: Path | None = None
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress,
+    *,
+    beside: Path | None = None,
+    voices: Iterable[tuple[str, Voice]] = (),
 ) -> Iterator[Artifact]:
     """Pack `recipe`, one of the above, into a temporary folder, in `beside` or where the system keeps such.
+
+    Voices by name, which were made already, are put beside those of the recipe.
 
     Raises:
         CheckpointError, NetworkError: the checkpoint is not usable, not the one expected, or not to be had.
@@ -65,4 +73,6 @@ def lossless(
     with tempfile.TemporaryDirectory(prefix=".cosyq-fp32-", dir=beside) as folder:
         target = Path(folder) / "artifact"
         build.run(build.prepare(recipe, ""), target, device, force=False, progress=progress)
+        for name, voice in voices:
+            (target / VOICE_FOLDER / f"{name}.safetensors").write_bytes(voice.to_bytes())
         yield open_artifact(target)

@@ -78,8 +78,7 @@ def test_a_recognizer_understands_it(mini_artifact):
 
 def test_every_sentence_of_a_text_is_said(mini_artifact):
     """It learnt of single sentences, and would end after the first."""
-    pairs = [f"{one} {other}" for one, other in zip(SENTENCES[::2], SENTENCES[1::2], strict=False)]
-    assert word_error_rate(mini_artifact, pairs) < UNDERSTOOD
+    assert word_error_rate(mini_artifact, [f"{SENTENCES[0]} {SENTENCES[1]}"]) < UNDERSTOOD
 
 
 @pytest.mark.parametrize("stage", ["llm", "flow"])

@@ -10,12 +10,13 @@ from typing import Any
 
 from cosyq.model.config import ModelConfig
 from cosyq.quantize.formats import Format
+from cosyq.text import tokenizer
 
 SCHEMA = 1  # what this code writes
 READER = 1  # the newest `minimum_reader` that this code satisfies
 FILE_NAME = "manifest.json"
 STAGE_FILES = {"llm": "llm.safetensors", "flow": "flow.safetensors", "vocoder": "vocoder.safetensors"}
-TOKENIZER_FILE, RECIPE_FILE, VOICE_FOLDER = "tokenizer.json", "recipe.yaml", "voices"
+TOKENIZER_FILE, RECIPE_FILE, VOICE_FOLDER = tokenizer.FILE_NAME, "recipe.yaml", "voices"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _PATH = re.compile(rf"({VOICE_FOLDER}/)?{_NAME.pattern}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -32,7 +32,7 @@ from cosyq.errors import ArtifactError
 from cosyq.model.inventory import STAGES, Module, Stage, inventory, skeleton
 from cosyq.quantize.formats import Format, Specs, dequantize, dequantize_rows, module_tensors
 from cosyq.quantize.linear import Matmul, PackedEmbedding, packed_linear
-from cosyq.text.tokenizer import TextTokenizer
+from cosyq.text.apart import Tokenizer, tokenizer_of
 
 HASHED_ALWAYS = 16 << 20  # files up to this size are hashed whenever an artifact is opened
 MAX_MANIFEST = 64 << 20
@@ -57,10 +57,10 @@ class Artifact:
         """The voices that came with the artifact or were put beside them, by name."""
         return {path.stem: path for path in sorted((self.folder / VOICE_FOLDER).glob("*.safetensors"))}
 
-    def tokenizer(self) -> TextTokenizer:
+    def tokenizer(self) -> Tokenizer:
         path, rows = self.folder / TOKENIZER_FILE, self.manifest.model.llm.text_rows
         try:
-            tokenizer = TextTokenizer(path.read_text("utf-8"))
+            tokenizer = tokenizer_of(path)
         except (OSError, ValueError) as error:
             raise ArtifactError(f"unusable tokenizer ({error})", where=path) from None
         if len(tokenizer) > rows:

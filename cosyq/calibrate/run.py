@@ -47,9 +47,10 @@ def calibrate(build: Build, device: torch.device, progress: Progress) -> Adjuste
     found = Adjusted()
     if not wanted:
         return found
-    recipe = lossless_recipe(build.recipe).model_copy(update={"voices": build.recipe.voices})
+    progress("voices", 0, build.bytes)
+    voices = build.voices
     try:
-        with lossless(recipe, device, progress) as artifact:
+        with lossless(lossless_recipe(build.recipe), device, progress, voices=voices) as artifact:
             heard = _speak(artifact, max(options.sequences for options in wanted.values()), device, progress)
             for stage, options in wanted.items():
                 packable = [d for d in build.plan[stage] if d.module.kind == "matrix" and not d.format.is_float]

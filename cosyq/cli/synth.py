@@ -69,36 +69,39 @@ def synth(
     words = None if jsonl or arriving else read_text(text, file)
     folder = choose_artifact(artifact)
 
-    from cosyq.artifact.reader import open_artifact
-    from cosyq.audio.sinks import check_suffix
-    from cosyq.runtime.synthesizer import find_voice, load
-    from cosyq.text.engine import engine_name
-    from cosyq.text.prompt import speakable
+    from cosyq.cli.starting import starting
 
-    # Whatever can be wrong is said before seconds go into loading.
-    if words is not None:
-        speakable(words)
-    if target is not None and not jsonl:
-        check_suffix(target, raw=raw)
-    if srt is not None:
-        _check_srt(srt)
-    opened = open_artifact(folder)
-    if prompt_audio is not None and voice is not None:
-        raise UsageError("give a voice or a recording, not both", where="--prompt-audio")
-    if prompt_audio is not None:
-        chosen = make_voice(opened, "prompt", prompt_audio, prompt_text, source)
-    else:
-        chosen = find_voice(opened, voice)
-    options: dict[str, Any] = {
-        "voice": chosen,
-        "seed": seed,
-        "steps": flow_steps,
-        "speed": speed,
-        "instruct": instruct,
-        "cross_lingual": cross_lingual,
-        "normalize": normalize,
-    }
-    tts = load(opened, device=device, dtype=dtype, engine=engine)
+    with starting(folder, device):
+        from cosyq.artifact.reader import open_artifact
+        from cosyq.audio.sinks import check_suffix
+        from cosyq.runtime.synthesizer import find_voice, load
+        from cosyq.text.engine import engine_name
+        from cosyq.text.prompt import speakable
+
+        # Whatever can be wrong is said before seconds go into loading.
+        if words is not None:
+            speakable(words)
+        if target is not None and not jsonl:
+            check_suffix(target, raw=raw)
+        if srt is not None:
+            _check_srt(srt)
+        opened = open_artifact(folder)
+        if prompt_audio is not None and voice is not None:
+            raise UsageError("give a voice or a recording, not both", where="--prompt-audio")
+        if prompt_audio is not None:
+            chosen = make_voice(opened, "prompt", prompt_audio, prompt_text, source)
+        else:
+            chosen = find_voice(opened, voice)
+        options: dict[str, Any] = {
+            "voice": chosen,
+            "seed": seed,
+            "steps": flow_steps,
+            "speed": speed,
+            "instruct": instruct,
+            "cross_lingual": cross_lingual,
+            "normalize": normalize,
+        }
+        tts = load(opened, device=device, dtype=dtype, engine=engine)
     if jsonl:
         from cosyq.cli.batch import speak_lines
 

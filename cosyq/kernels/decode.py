@@ -12,233 +12,17 @@ decoded but multiplied as integers, by inputs as two signed bytes: 15 bits and a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosyq.kernels.decode_products import Heads, fetched, inputs_of, matrix, times
 from cosyq.kernels.overlap import let_next_start, wait
-from cosyq.kernels.packed import (
-    FOUR_BIT,
-    LEVELS,
-    NESTED,
-    Packed,
-    columns,
-    decode,
-    fetch,
-    fetch_words,
-    parts_of,
-    product,
-)
+from cosyq.kernels.packed import Packed
 
 PAGE = 128  # positions
-
-
-class Matrix(NamedTuple):
-    """What a kernel has to know of a `Packed`, whose rows it takes in tiles, and whose columns in two parts."""
-
-    n: int
-    k: int
-    kind: int
-    block: int
-    lookup: str
-    dot: str
-    first: int
-    rest: int
-    tile: int
-
-
-class Heads(NamedTuple):
-    query: int
-    kv: int
-    dim: int
-    pages_a_row: int
-    page: int
-
-
-@triton.jit
-def _tile(w, rows, valid, W: tl.constexpr):
-    """Rows of weights as they are stored: codes and scales of their first columns, and of the rest."""
-    w_ptr, scale_ptr, _, group_ptr, code_ptr = w
-    if W.dot == "":
-        first = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, 0, W.first, W.k, W.kind, W.block)
-        rest = first
-        if W.rest > 0:
-            rest = fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, W.first, W.rest, W.k, W.kind, W.block)
-        return first, rest
-    else:
-        first = fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, 0, W.first, W.k, W.kind, W.block)
-        rest = first
-        if W.rest > 0:
-            rest = fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, W.first, W.rest, W.k, W.kind,
-                               W.block)  # fmt: skip
-        return first, rest
-
-
-@triton.jit
-def _attended(k, inside, part_ptr, stat_ptr, count, pages_a_row: tl.constexpr, DIM: tl.constexpr):
-    """Channels k of what the heads attended to: the parts of its pages as one softmax."""
-    first, d = (k // DIM) * pages_a_row, k % DIM
-    largest = tl.full(k.shape, -1e30, tl.float32)
-    total = tl.zeros(k.shape, tl.float32)
-    out = tl.zeros(k.shape, tl.float32)
-    number = 0
-    while number < count:
-        for _ in tl.static_range(4):  # whose loads are under way together
-            there = inside & (number < count)
-            part = first + number
-            score = tl.load(stat_ptr + part * 2, mask=there, other=-1e30)
-            weight = tl.load(stat_ptr + part * 2 + 1, mask=there, other=0.0)
-            value = tl.load(part_ptr + part * DIM + d, mask=there, other=0.0)
-            both = tl.maximum(largest, score)
-            mine, its = tl.exp(largest - both), tl.exp(score - both)
-            out = out * mine + value * its
-            total = total * mine + weight * its
-            largest = both
-            number += 1
-    return out / tl.where(inside, total, 1.0)
-
-
-@triton.jit
-def _read(source, k, inside, H: tl.constexpr):
-    """Inputs k: (x, gain) or (x,), or what the heads attended to: (parts, stats, pages)."""
-    if len(source) == 1:
-        return tl.load(source[0] + k, mask=inside, other=0.0)
-    elif len(source) == 2:
-        return tl.load(source[0] + k, mask=inside, other=0.0) * tl.load(source[1] + k, mask=inside, other=0.0)
-    else:
-        return _attended(k, inside, source[0], source[1], source[2], H.pages_a_row, H.dim)
-
-
-@triton.jit
-def _columns_of(source, k0: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, H: tl.constexpr):
-    k, next_k = columns(k0, WIDTH, W.kind, W.block)
-    even = _read(source, k, k < W.k, H)
-    odd = even
-    if (W.kind == 1) or (W.kind == 2):
-        odd = _read(source, next_k, next_k < W.k, H)
-    return even, odd
-
-
-@triton.jit
-def _fours_of(source, k0: tl.constexpr, WIDTH: tl.constexpr, W: tl.constexpr, H: tl.constexpr):
-    """Inputs in groups of four, of 4 bits with neighbours swapped."""
-    swap: tl.constexpr = 0 if W.kind == 0 else 1
-    k = k0 + 4 * tl.arange(0, WIDTH // 4)
-    inside = k < W.k
-    return (_read(source, k + swap, inside, H), _read(source, k + (1 - swap), inside, H),
-            _read(source, k + 2 + swap, inside, H), _read(source, k + 3 - swap, inside, H))  # fmt: skip
-
-
-@triton.jit
-def _largest(fours):
-    """The largest magnitude, by the bits of a float, which are ordered as it is; what is not finite comes last."""
-    largest = fours[0].to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    for j in tl.static_range(1, 4):
-        largest = tl.maximum(largest, fours[j].to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    return tl.max(largest, 0).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _bytes(fours, inverse, W: tl.constexpr):
-    """Words of the high and of the low bytes of four inputs."""
-    high = tl.zeros(fours[0].shape, tl.int32)
-    low = tl.zeros(fours[0].shape, tl.int32)
-    for j in tl.static_range(4):
-        level = tl.floor(fours[j] * inverse + 0.5).to(tl.int32)
-        byte = (level + 128) >> 8
-        high |= (byte & 255) << (8 * j)
-        low |= ((level - byte * 256) & 255) << (8 * j)
-    if W.kind == 0:
-        return high, low
-    else:
-        words: tl.constexpr = W.block // 8
-        blocks: tl.constexpr = high.shape[0] // (2 * words)
-        h0, h1 = tl.split(tl.reshape(high, (blocks, words, 2)))
-        l0, l1 = tl.split(tl.reshape(low, (blocks, words, 2)))
-        return h0, h1, l0, l1
-
-
-@triton.jit
-def _inputs(source, W: tl.constexpr, H: tl.constexpr = None):
-    """Inputs [k] as `_times` takes them."""
-    if W.dot == "":
-        first = _columns_of(source, 0, W.first, W, H)
-        rest = first
-        if W.rest > 0:
-            rest = _columns_of(source, W.first, W.rest, W, H)
-        return first, rest, 1.0
-    else:
-        if W.rest == W.first:
-            fours = _fours_of(source, 0, 2 * W.first, W, H)
-            largest = _largest(fours)
-            high, low = _bytes(fours, LEVELS / tl.maximum(largest, 1e-30), W)
-            words: tl.constexpr = W.first // 4
-            first_high, rest_high = tl.split(tl.trans(tl.reshape(high, (2, words))))
-            first_low, rest_low = tl.split(tl.trans(tl.reshape(low, (2, words))))
-            return (first_high, first_low), (rest_high, rest_low), largest / LEVELS
-        else:
-            first = _fours_of(source, 0, W.first, W, H)
-            rest = first
-            largest = _largest(first)
-            if W.rest > 0:
-                rest = _fours_of(source, W.first, W.rest, W, H)
-                largest = tl.maximum(largest, _largest(rest))
-            inverse = LEVELS / tl.maximum(largest, 1e-30)
-            return _bytes(first, inverse, W), _bytes(rest, inverse, W), largest / LEVELS
-
-
-@triton.jit
-def _dots(words, inputs, W: tl.constexpr):
-    dot: tl.constexpr = W.dot
-    if W.kind == 0:
-        high, low = inputs
-        return tl.inline_asm_elementwise(
-            dot, "=r,=r,r,r,r", [words, high[None, :], low[None, :]], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
-    else:
-        h0, h1, l0, l1 = inputs
-        return tl.inline_asm_elementwise(
-            dot, "=r,=r,r,r,r,r,r", [words, h0[None, :, :], h1[None, :, :], l0[None, :, :], l1[None, :, :]],
-            dtype=(tl.int32, tl.int32), is_pure=True, pack=1)  # fmt: skip
-
-
-@triton.jit
-def _summed(high, low, scales, W: tl.constexpr):
-    if W.kind == 0:
-        return (tl.sum(high, 1).to(tl.float32) * 256 + tl.sum(low, 1).to(tl.float32)) * scales
-    else:
-        blocks = tl.sum(high, 2).to(tl.float32) * 256 + tl.sum(low, 2).to(tl.float32)
-        return tl.sum(blocks * scales, 1) * (256 / LEVELS)
-
-
-@triton.jit
-def _times(tile, inputs, table_ptr, W: tl.constexpr):
-    """A tile of weights times inputs: [rows] float32."""
-    lookup: tl.constexpr = W.lookup
-    codes, scales = tile[0]
-    if W.dot == "":
-        even, odd = inputs[0]
-        high, low = decode(codes, table_ptr, W.kind, lookup)
-        out = product(high, low, scales, even, odd, W.kind)
-        if W.rest > 0:
-            more_codes, more_scales = tile[1]
-            more_even, more_odd = inputs[1]
-            more_high, more_low = decode(more_codes, table_ptr, W.kind, lookup)
-            out += product(more_high, more_low, more_scales, more_even, more_odd, W.kind)
-        return out
-    else:
-        high, low = _dots(codes, inputs[0], W)
-        if W.rest == 0:
-            return _summed(high, low, scales, W) * inputs[2]
-        else:
-            more_codes, more_scales = tile[1]
-            more_high, more_low = _dots(more_codes, inputs[1], W)
-            if (W.rest == W.first) and (W.kind == 0):
-                return _summed(high + more_high, low + more_low, scales, W) * inputs[2]
-            else:
-                return (_summed(high, low, scales, W) + _summed(more_high, more_low, more_scales, W)) * inputs[2]
 
 
 @triton.jit
@@ -264,17 +48,17 @@ def _qkv(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr,
     head = pid // (half // W.tile)
     pair = (pid % (half // W.tile)) * W.tile + tl.arange(0, W.tile)
     upper = head * H.dim + pair  # and `half` below it the rows that they turn with
-    upper_tile = _tile(w, upper, pair < half, W)
-    lower_tile = _tile(w, upper + half, pair < half, W)
+    upper_tile = fetched(w, upper, pair < half, W)
+    lower_tile = fetched(w, upper + half, pair < half, W)
     upper_bias, lower_bias = tl.load(bias_ptr + upper), tl.load(bias_ptr + upper + half)
     let_next_start(PDL)
     wait(PDL)
     place = tl.load(position_ptr)
     position = tl.maximum(place, 0)
     r = _root_mean_square(x_ptr, eps, W.k, PADDED)
-    inputs = _inputs((x_ptr, gain_ptr), W)
-    one = _times(upper_tile, inputs, w[2], W) * r + upper_bias
-    two = _times(lower_tile, inputs, w[2], W) * r + lower_bias
+    inputs = inputs_of((x_ptr, gain_ptr), W)
+    one = times(upper_tile, inputs, w[2], W) * r + upper_bias
+    two = times(lower_tile, inputs, w[2], W) * r + lower_bias
     if head < H.query + H.kv:
         cos = tl.load(cos_ptr + position * half + pair)
         sin = tl.load(sin_ptr + position * half + pair)
@@ -294,31 +78,30 @@ def _qkv(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr,
 
 
 @triton.jit
-def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, page_stride, out_ptr, stat_ptr, softmax_scale,
-            pages_a_row: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-            PAGE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One page for one head of one row: its part of the sum, its largest score and its sum of weights.
+def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, out_ptr, stat_ptr, softmax_scale, H: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
+    """One page for one head: its part of the sum, its largest score and its sum of weights.
 
     The heads of a group read the same keys and values, all but one of them from the cache of the chip.
     """
-    row, head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_head = head // (HEADS // KV_HEADS)
+    head, number = tl.program_id(0), tl.program_id(1)
+    kv_head = head // (H.query // H.kv)
     let_next_start(PDL)
     wait(PDL)
-    position = tl.load(position_ptr + row)
-    if number * PAGE <= position:
-        page = tl.load(page_ptr + row * page_stride + number).to(tl.int64)
-        at, d = tl.arange(0, PAGE), tl.arange(0, DIM)
-        tile = (page * KV_HEADS + kv_head) * PAGE * DIM + at[:, None] * DIM + d[None, :]
-        seen = number * PAGE + at <= position
+    position = tl.load(position_ptr)
+    if number * H.page <= position:
+        page = tl.load(page_ptr + number).to(tl.int64)
+        at, d = tl.arange(0, H.page), tl.arange(0, H.dim)
+        tile = (page * H.kv + kv_head) * H.page * H.dim + at[:, None] * H.dim + d[None, :]
+        seen = number * H.page + at <= position
         keys = tl.load(key_ptr + tile, mask=seen[:, None], other=0.0).to(tl.float32)
         values = tl.load(value_ptr + tile, mask=seen[:, None], other=0.0).to(tl.float32)
-        q = tl.load(q_ptr + (row * HEADS + head) * DIM + d)
+        q = tl.load(q_ptr + head * H.dim + d)
         scores = tl.where(seen, tl.sum(keys * q[None, :], 1) * softmax_scale, float("-inf"))
         largest = tl.max(scores, 0)
         weights = tl.exp(scores - largest)
-        part = (row * HEADS + head) * pages_a_row + number
-        tl.store(out_ptr + part * DIM + d, tl.sum(weights[:, None] * values, 0))
+        part = head * H.pages_a_row + number
+        tl.store(out_ptr + part * H.dim + d, tl.sum(weights[:, None] * values, 0))
         tl.store(stat_ptr + part * 2, largest)
         tl.store(stat_ptr + part * 2 + 1, tl.sum(weights, 0))
 
@@ -328,11 +111,11 @@ def _output(part_ptr, stat_ptr, position_ptr, w, x_ptr, W: tl.constexpr, H: tl.c
             PDL: tl.constexpr):  # fmt: skip
     """What the heads attended to, projected, added to x."""
     n, valid = _rows(W)
-    tile = _tile(w, n, valid, W)
+    tile = fetched(w, n, valid, W)
     let_next_start(PDL)
     wait(PDL)
     count = tl.maximum(tl.load(position_ptr), 0) // H.page + 1
-    out = _times(tile, _inputs((part_ptr, stat_ptr, count), W, H), w[2], W)
+    out = times(tile, inputs_of((part_ptr, stat_ptr, count), W, H), w[2], W)
     tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
 
 
@@ -342,13 +125,13 @@ def _swiglu(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.conste
     half: tl.constexpr = W.n // 2
     n = tl.program_id(0) * W.tile + tl.arange(0, W.tile)
     valid = n < half
-    gate_tile, up_tile = _tile(w, n, valid, W), _tile(w, half + n, valid, W)
+    gate_tile, up_tile = fetched(w, n, valid, W), fetched(w, half + n, valid, W)
     let_next_start(PDL)
     wait(PDL)
     r = _root_mean_square(x_ptr, eps, W.k, PADDED)
-    inputs = _inputs((x_ptr, gain_ptr), W)
-    gate = _times(gate_tile, inputs, w[2], W) * r
-    up = _times(up_tile, inputs, w[2], W) * r
+    inputs = inputs_of((x_ptr, gain_ptr), W)
+    gate = times(gate_tile, inputs, w[2], W) * r
+    up = times(up_tile, inputs, w[2], W) * r
     tl.store(out_ptr + n, gate / (1 + tl.exp(-gate)) * up, mask=valid)
 
 
@@ -356,10 +139,10 @@ def _swiglu(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.conste
 def _down(inner_ptr, w, x_ptr, W: tl.constexpr, PDL: tl.constexpr):
     """What SwiGLU left, projected, added to x."""
     n, valid = _rows(W)
-    tile = _tile(w, n, valid, W)
+    tile = fetched(w, n, valid, W)
     let_next_start(PDL)
     wait(PDL)
-    out = _times(tile, _inputs((inner_ptr,), W), w[2], W)
+    out = times(tile, inputs_of((inner_ptr,), W), w[2], W)
     tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
 
 
@@ -367,10 +150,10 @@ def _down(inner_ptr, w, x_ptr, W: tl.constexpr, PDL: tl.constexpr):
 def _head(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
     """The normed x times the weight."""
     n, valid = _rows(W)
-    tile = _tile(w, n, valid, W)
+    tile = fetched(w, n, valid, W)
     let_next_start(PDL)
     wait(PDL)
-    out = _times(tile, _inputs((x_ptr, gain_ptr), W), w[2], W) * _root_mean_square(x_ptr, eps, W.k, PADDED)
+    out = times(tile, inputs_of((x_ptr, gain_ptr), W), w[2], W) * _root_mean_square(x_ptr, eps, W.k, PADDED)
     tl.store(out_ptr + n, out, mask=valid)
 
 
@@ -391,9 +174,8 @@ TILES = Tiles(qkv=(8, 4), output=(8, 4), swiglu=(8, 4), down=(8, 8), head=(16, 4
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the kernels of a step have to agree on. Of a row's `pages_a_row` only `pages` are in use."""
+    """What the kernels of a step have to agree on. Of the row's `pages_a_row` only `pages` are in use."""
 
-    rows: int
     heads: int
     kv_heads: int
     dim: int
@@ -412,9 +194,9 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Between the kernels, float32: x [rows, hidden]; q [rows, heads * dim]; parts [rows, heads, pages, dim] with
-    stats [rows, heads, pages, 2]; inner [rows, intermediate]. positions int32 [rows], pages int32 [rows, pages_a_row];
-    cos and sin [positions, dim / 2]."""
+    """Between the kernels, float32: x [1, hidden]; q [heads * dim]; parts [heads, pages_a_row, dim] with stats
+    [heads, pages_a_row, 2]; inner [intermediate]. positions int32 [1], pages int32 [1, pages_a_row]; cos and sin
+    [positions, dim / 2]. Of x, positions and pages there may be further rows, which are left alone."""
 
     x: Tensor
     q: Tensor
@@ -439,21 +221,6 @@ class Layer:
     down: Packed
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, pages: Tensor, parts: Tensor, stats: Tensor,
-    g: Geometry,
-) -> None:  # fmt: skip
-    """`parts` and `stats` of the rows' queries over the pages up to their positions; see `Buffers`.
-
-    pages: the rows' tables [rows, pages_a_row], or one table [pages_a_row] for all of them.
-    """
-    stride = pages.stride(0) if pages.dim() == 2 else 0
-    _attend[(g.rows, g.heads, g.pages)](
-        q, keys, values, positions, pages, stride, parts, stats, g.dim**-0.5, pages_a_row=g.pages_a_row,
-        HEADS=g.heads, KV_HEADS=g.kv_heads, DIM=g.dim, PAGE=PAGE, **g.launch(4),
-    )  # fmt: skip
-
-
 def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometry) -> None:
     """x of one row after one layer, in place; keys and values [pages, kv_heads, PAGE, dim] gain the row's position."""
     t, width = TILES, triton.next_power_of_2(b.x.shape[1])
@@ -461,19 +228,21 @@ def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometr
     pairs = min(t.qkv[0], half)
     _qkv[((g.heads + 2 * g.kv_heads) * (half // pairs),)](
         b.x, layer.attention_norm, layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.pages,
-        b.q, keys, values, g.eps, W=_matrix(layer.qkv, pairs), H=g.sizes, PADDED=width, **g.launch(t.qkv[1]),
+        b.q, keys, values, g.eps, W=matrix(layer.qkv, pairs), H=g.sizes, PADDED=width, **g.launch(t.qkv[1]),
     )  # fmt: skip
-    attend(b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g)
+    _attend[(g.heads, g.pages)](
+        b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g.dim**-0.5, H=g.sizes, **g.launch(4)
+    )
     _output[(triton.cdiv(layer.output.n, t.output[0]),)](
-        b.parts, b.stats, b.positions, layer.output.pointers, b.x, W=_matrix(layer.output, t.output[0]), H=g.sizes,
+        b.parts, b.stats, b.positions, layer.output.pointers, b.x, W=matrix(layer.output, t.output[0]), H=g.sizes,
         **g.launch(t.output[1]),
     )  # fmt: skip
     _swiglu[(triton.cdiv(layer.gate_up.n // 2, t.swiglu[0]),)](
-        b.x, layer.mlp_norm, layer.gate_up.pointers, b.inner, g.eps, W=_matrix(layer.gate_up, t.swiglu[0]),
+        b.x, layer.mlp_norm, layer.gate_up.pointers, b.inner, g.eps, W=matrix(layer.gate_up, t.swiglu[0]),
         PADDED=width, **g.launch(t.swiglu[1]),
     )  # fmt: skip
     _down[(triton.cdiv(layer.down.n, t.down[0]),)](
-        b.inner, layer.down.pointers, b.x, W=_matrix(layer.down, t.down[0]), **g.launch(t.down[1])
+        b.inner, layer.down.pointers, b.x, W=matrix(layer.down, t.down[0]), **g.launch(t.down[1])
     )
 
 
@@ -481,14 +250,6 @@ def run_head(norm: Tensor, head: Packed, logits: Tensor, b: Buffers, g: Geometry
     """logits [1, n] float32 of the normed x."""
     rows, warps = TILES.head
     _head[(triton.cdiv(head.n, rows),)](
-        b.x, norm, head.pointers, logits, g.eps, W=_matrix(head, rows), PADDED=triton.next_power_of_2(b.x.shape[1]),
+        b.x, norm, head.pointers, logits, g.eps, W=matrix(head, rows), PADDED=triton.next_power_of_2(b.x.shape[1]),
         **g.launch(warps),
     )  # fmt: skip
-
-
-def _matrix(w: Packed, tile: int) -> Matrix:
-    first, rest = parts_of(w.k, w.block)
-    if first == rest and w.kind in (FOUR_BIT.value, NESTED.value):  # wide enough for loads of 16 bytes
-        first, rest = 2 * first, 0
-    dot = "" if w.k % 4 else w.dot  # rows are read in words
-    return Matrix(w.n, w.k, w.kind, w.block, w.lookup, dot, first, rest, tile)

@@ -26,6 +26,22 @@ def _look(q, out, largest, total, number, position, last, page, kv_head, key_ptr
 
 
 @triton.jit
+def _left(stat, part, mine, page, pages, PLACES: tl.constexpr, DIM: tl.constexpr):
+    """What the program of a page has left: sums, largest scores and sums of weights; of one that is not, nothing."""
+    there, at = page < pages, mine + page
+    largest = tl.load(stat + at * 2 * PLACES, mask=there, other=-1e30, cache_modifier=".cg")
+    total = tl.load(stat + at * 2 * PLACES + PLACES, mask=there, other=0.0, cache_modifier=".cg")
+    return tl.load(part + at * PLACES * DIM, mask=there, other=0.0, cache_modifier=".cg"), largest, total
+
+
+@triton.jit
+def _merged(out, largest, total, other_out, other_largest, other_total):
+    larger = tl.maximum(largest, other_largest)
+    kept, added = tl.exp(largest - larger), tl.exp(other_largest - larger)
+    return out * kept[:, None] + other_out * added[:, None], larger, total * kept + other_total * added
+
+
+@triton.jit
 def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
                  softmax_scale, page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
                  DIM: tl.constexpr, PAGE: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -62,17 +78,17 @@ def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, o
             if tl.atomic_add(count, 1) == pages - 1:
                 largest, total = tl.full((PLACES,), -1e30, tl.float32), tl.zeros((PLACES,), tl.float32)
                 out = tl.zeros((PLACES, DIM), tl.float32)
-                other = 0
-                while other < pages:  # in one order, whoever comes last
-                    theirs = tl.load(stat + (mine + other) * 2 * PLACES, cache_modifier=".cg")
-                    its_total = tl.load(stat + (mine + other) * 2 * PLACES + PLACES, cache_modifier=".cg")
-                    its = tl.load(part_ptr + (mine + other) * PLACES * DIM + part, cache_modifier=".cg")
-                    larger = tl.maximum(largest, theirs)
-                    kept, added = tl.exp(largest - larger), tl.exp(theirs - larger)
-                    out = out * kept[:, None] + its * added[:, None]
-                    total = total * kept + its_total * added
-                    largest = larger
-                    other += 1
+                first = 0
+                while first < pages:  # in one order, whoever comes last; all are asked for before the first is needed
+                    out0, largest0, total0 = _left(stat, part_ptr + part, mine, first, pages, PLACES, DIM)
+                    out1, largest1, total1 = _left(stat, part_ptr + part, mine, first + 1, pages, PLACES, DIM)
+                    out2, largest2, total2 = _left(stat, part_ptr + part, mine, first + 2, pages, PLACES, DIM)
+                    out3, largest3, total3 = _left(stat, part_ptr + part, mine, first + 3, pages, PLACES, DIM)
+                    out, largest, total = _merged(out, largest, total, out0, largest0, total0)
+                    out, largest, total = _merged(out, largest, total, out1, largest1, total1)
+                    out, largest, total = _merged(out, largest, total, out2, largest2, total2)
+                    out, largest, total = _merged(out, largest, total, out3, largest3, total3)
+                    first += 4
                 tl.store(to, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
                 tl.store(count, 0)
 

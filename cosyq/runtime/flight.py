@@ -89,6 +89,7 @@ class Flight:
         self.complete = False  # none follows
         self.error: CosyqError | None = None  # after the lines that there are
         self.clock: Clock | None = None
+        self.unread: Callable[[], None] | None = None  # what reads its text, where no thread of its own does
         self.row: int | None = None
         self.started = 0.0  # when its first audio was there, or about to be
         self.sounding = 0  # chunks on their way to the listener

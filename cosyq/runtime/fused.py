@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from cosyq.artifact.reader import Artifact
-from cosyq.kernels.start import hash_compiler
+from cosyq.kernels.start import begin_kernels
 from cosyq.model.flow import nothing
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.batch import follow_alone
@@ -24,8 +23,6 @@ from cosyq.runtime.sound import Sound
 from cosyq.runtime.transfer import sent
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
-# cuBLAS takes 32 MiB for every stream on Hopper; a quarter of it does for products of this size.
-WORKSPACE = ":4096:2:16:8"
 
 
 class FusedEngine(TorchEngine):
@@ -39,11 +36,12 @@ class FusedEngine(TorchEngine):
     growth = Growth(4, 16)
 
     def __init__(self, artifact: Artifact, name: EngineName, device: torch.device, dtype: torch.dtype):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
-        hash_compiler()
+        begun = begin_kernels(device, dtype)
         super().__init__(artifact, name, device, dtype)
         self._lm = FusedLM(self.llm, dtype)
         self._solver = FusedFlow(self.flow, coded=name == "fused8")
+        for thread in begun:
+            thread.join()
         self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]
         self._alone: FusedDecoder | None = None
         self._pasts = Pasts()

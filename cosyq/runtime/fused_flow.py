@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from cosyq.kernels import dit as kernels
 from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
-from cosyq.model.flow import Flow, nothing, time_steps
+from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Past, tail_numbers
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
+from cosyq.runtime.look_ahead import look_ahead
 from cosyq.runtime.transfer import sent
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
@@ -95,16 +96,13 @@ class FusedFlow:
         streaming: bool,
         final: bool,
         steps: int,
-        between: Callable[[], None] = nothing,
     ) -> Tensor:
-        """As `Flow.forward`."""
+        """As `Flow.forward`, but launched as a whole: nothing is called between the steps."""
         alone = Utterance(tokens, speaker, prompt_mel, streaming, final)
-        return self.solve([alone], noise, steps=steps, between=between)[0]
+        return self.solve([alone], noise, steps=steps)[0]
 
     @torch.inference_mode()
-    def solve(
-        self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int, between: Callable[[], None] = nothing
-    ) -> list[Tensor]:
+    def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
         """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
 
         What an utterance becomes depends on its neighbours by rounding at most.
@@ -132,7 +130,6 @@ class FusedFlow:
             view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
             first += length
         for row, past in zip(table, pasts, strict=True):
-            between()
             self._row.copy_(row)
             view.pasts.copy_(past)
             self._launch(lambda: self._step(view), (half, tiles))
@@ -227,7 +224,7 @@ class FusedFlow:
     def _encode(self, told: Told) -> None:
         front, there = self._front, (told.tokens >= 0)[:, None]
         embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
-        encoded = front.token_encoder(embedded[None], True)[0]  # zeros follow the last token, one way or the other
+        encoded = look_ahead(front.token_encoder, embedded)  # zeros follow the last token, one way or the other
         told.encoded.copy_(encoded.repeat_interleave(self.config.token_mel_ratio, dim=0))
         told.voice.copy_(front.voice(told.speaker))
 

@@ -152,10 +152,10 @@ class FusedForward:
         self._prompt_logits = torch.zeros(CHUNK // TOGETHER, c.speech_rows, device=device)
         self.buffers = Buffers(  # of a row alone, but for what all rows share
             x=self._batch.x,
-            q=torch.zeros(1, c.num_heads * c.head_dim, device=device),
-            parts=torch.zeros(1, c.num_heads, self.pages_a_row, c.head_dim, device=device),
-            stats=torch.zeros(1, c.num_heads, self.pages_a_row, 2, device=device),
-            inner=torch.zeros(1, c.intermediate_size, device=device),
+            q=torch.zeros(c.num_heads * c.head_dim, device=device),
+            parts=torch.zeros(c.num_heads, self.pages_a_row, c.head_dim, device=device),
+            stats=torch.zeros(c.num_heads, self.pages_a_row, 2, device=device),
+            inner=torch.zeros(c.intermediate_size, device=device),
             positions=positions,
             pages=pages,
             cos=rope[0],
@@ -235,7 +235,7 @@ class FusedForward:
         lm, b, c = self.lm, self.buffers, self.config
         if rows == 1:
             geometry = Geometry(
-                rows, c.num_heads, c.num_kv_heads, c.head_dim, self.pages_a_row, pages, c.rms_norm_eps, lm.pdl
+                c.num_heads, c.num_kv_heads, c.head_dim, self.pages_a_row, pages, c.rms_norm_eps, lm.pdl
             )
             for layer, keys, values in zip(lm.layers, self.keys, self.values, strict=True):
                 step.run_layer(layer, keys, values, b, geometry)

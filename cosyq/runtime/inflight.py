@@ -4,7 +4,7 @@ One thread owns the engine. It renders the chunks that are due, first chunks fir
 the streams which would run dry first; and where none is due it draws ids, for every request that has a row of the
 language model's batch. While something is rendered it draws for those who have no audio in hand, takes in who came and
 lets go of who left, so that nobody waits for a render of somebody else's. While a request has no audio yet, a stream
-that has some in hand waits for a few steps.
+that has some in hand waits for a few steps; and where many are rendered side by side, for the end of its utterance.
 
 A GPU is given work and not waited for: steps and renders are on their way together, the next of either is launched
 before the last is over, and the thread sleeps until one of them is. An engine that computes as it is called has nothing
@@ -15,7 +15,6 @@ It knows text and options, ids and samples; not HTTP, clients, or how long a que
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -29,11 +28,12 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from cosyq.errors import CosyqError, DeviceError
+from cosyq.errors import CosyqError
 from cosyq.runtime.batch import News
 from cosyq.runtime.clock import SILENCE, Audio
 from cosyq.runtime.decode import Finish
 from cosyq.runtime.engine import Engine
+from cosyq.runtime.failing import explained, is_fatal, lost
 from cosyq.runtime.flight import POSITIONS, ROOM, Flight, GoneError, Heard, Line, Listener
 from cosyq.runtime.request import Options
 from cosyq.runtime.sound import Sound
@@ -44,13 +44,13 @@ MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
 SPARE = 0.1  # of it, for what an engine makes ready
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
+MANY = 2  # where more than one in so many of those in flight lack ids, they are drawn before a render that can wait
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
+SHORT = 300  # characters of a text that is read in passing, in half a millisecond for 64
 PATIENCE = 5.0  # seconds for the thread to end
-
-log = logging.getLogger("cosyq.runtime")
 
 
 class InFlight:
@@ -99,7 +99,10 @@ class InFlight:
             if self._closed:
                 raise GoneError("nothing is spoken here any more")
             self._waiting.append(flight)
-        if isinstance(text, str):
+        if isinstance(text, str) and len(text) <= SHORT:
+            flight.unread = partial(flight.write, self.tts, text, options)
+            self.wake()
+        elif isinstance(text, str):
             self._preparing.submit(flight.write, self.tts, text, options)
         else:
             reading = (self.tts, text, options)
@@ -211,6 +214,7 @@ class InFlight:
     def _sweep(self) -> None:
         for flight in [f for f in self._active if f.listener.cancelled]:
             self._end(flight, GoneError("the speech was stopped"))
+        self._read()
         with self._changed:
             left = [f for f in self._waiting if f.listener.cancelled]
             for flight in left:
@@ -223,6 +227,18 @@ class InFlight:
             self._end(flight, GoneError("the speech was stopped"))
         for flight in came:
             flight.listener.begin()
+
+    def _read(self) -> None:
+        """Read the short texts of those who can be taken in.
+
+        Another thread would take longer, and this one's time as well: they would contend for Python's lock.
+        """
+        with self._changed:
+            unread = [f for f in self._waiting if f.unread and not f.listener.cancelled]
+        for flight in unread[: self.rows - len(self._active)]:
+            read, flight.unread = flight.unread, None
+            assert read is not None
+            read()
 
     def _show(self, flight: Flight) -> bool:
         """The next part of an utterance, if it is time and there is one. The words run at most one utterance ahead."""
@@ -262,7 +278,7 @@ class InFlight:
         """
         drawing = self._drawing()
         soon = time.monotonic() + IN_HAND if urgent else math.inf
-        if not any(f.dry_at < soon and f.lines[0].rendering.due is None for f in drawing.values()):
+        if not any(f.dry_at < soon and self._lacks(f) for f in drawing.values()):
             return False
         if self._decoder.unread >= AHEAD:
             return False
@@ -275,6 +291,16 @@ class InFlight:
             return True
         self._held += self._decoder.burst
         return self._listen() or True
+
+    def _lacks(self, flight: Flight) -> bool:
+        """Whether somebody whose ids are drawn lacks those of the next chunk.
+
+        Where a chunk costs the flow all that came before it, whoever has audio in hand goes on to the utterance's end.
+        """
+        if flight.lines[0].rendering.due is None:
+            return True
+        whole = self.tts.engine.flow_frames > 0 and flight.lines[0].drawing
+        return whole and flight.dry_at > time.monotonic() + IN_HAND
 
     def _drawing(self) -> dict[int, Flight]:
         """Whose ids are drawn, by their rows."""
@@ -330,16 +356,21 @@ class InFlight:
 
     def _choose(self) -> list[Flight]:
         """Whose chunks to render: the most urgent one, and those beside it for which that is as urgent."""
-        due = [f for f in self._active if f.lines and f.lines[0].rendering.due is not None]
+        due = [f for f in self._active if f.lines and not self._lacks(f)]
         due.sort(key=lambda flight: flight.dry_at)  # and who has no audio yet in order of arrival
         if not due:
             return []
         driest = due[0]
-        expecting = any(not f.started and f.line_drawn for f in self._active)
-        can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
-        if can_wait and expecting and self._held < IDS_HELD:
-            return []
         engine, steps = self.tts.engine, driest.lines[0].rendering.steps
+        drawing = [f for f in self._active if f.line_drawn and self._lacks(f)]
+        if driest.started and driest.dry_at - time.monotonic() > IN_HAND:
+            expecting = any(not f.started for f in drawing)
+            many = engine.flow_frames > 0 and MANY * len(drawing) > len(self._active)
+            if many or (expecting and self._held < IDS_HELD):
+                return []
+        for flight in due:
+            if flight.started and engine.flow_frames:
+                flight.lines[0].rendering.stretch(engine.flow_frames)
         chosen, taken = [driest], driest.lines[0].rendering.frames
         for flight in due[1:]:
             rendering = flight.lines[0].rendering
@@ -446,20 +477,13 @@ class InFlight:
         return True
 
     def _explain(self, error: Exception) -> CosyqError:
-        if isinstance(error, CosyqError):
-            return error
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            return DeviceError("out of memory", where="device", remedy="give a shorter text")
-        if is_fatal(error):
-            lost = DeviceError(f"the device has failed ({str(error).splitlines()[0][:160]})", where="device")
-            if not self._closed:
-                with self._changed:
-                    self._closed = True
-                self._on_fatal(lost)
-            return GoneError("the device has failed")
-        log.exception("speaking failed", exc_info=error)
-        return CosyqError(f"internal error: {type(error).__name__}")
+        """What a listener is told; where the device is lost, nothing is spoken from here on."""
+        why = explained(error)
+        if why is not error and isinstance(why, GoneError) and not self._closed:
+            with self._changed:
+                self._closed = True
+            self._on_fatal(lost(error))
+        return why
 
     def _leave(self, flight: Flight) -> None:
         if flight.row is not None:
@@ -501,8 +525,3 @@ def rows_for(engine: Engine) -> int:
     row = 2 * c.num_layers * c.num_kv_heads * c.head_dim * (POSITIONS + ROOM) * 2  # 16 bits
     fit = int(SHARE * torch.cuda.mem_get_info(engine.device)[0] / row)
     return min(1 << max(fit.bit_length() - 1, 0), MOST_ROWS)
-
-
-def is_fatal(error: Exception) -> bool:
-    """After an error of CUDA's own the process can do nothing more on the device."""
-    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)

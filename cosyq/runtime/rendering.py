@@ -1,6 +1,7 @@
 """One utterance's speech ids on their way to samples, chunk by chunk, as a stream renders them.
 
-Where chunks end is known before the first id, so the samples do not depend on how fast the ids came.
+Where chunks end is known before the first id, so the samples do not depend on how fast the ids came, unless `stretch`
+is called.
 """
 
 from __future__ import annotations
@@ -65,6 +66,16 @@ class Rendering:
     def frames(self) -> int:
         """How many frames that takes of the flow."""
         return self._engine.frames(self.chunk)
+
+    def stretch(self, frames: int) -> None:
+        """Let the next chunk be all that is left, if its ids were drawn and it takes at most so many frames.
+
+        Its samples differ from those of shorter ones by rounding at most.
+        """
+        whole = Chunk(self._tokens, self._voice, True, True, self.steps)
+        if self._ended and not self.over and self._engine.frames(whole) <= frames:
+            while self._end + self._lookahead <= len(self._tokens):
+                self._end = next(self._ends)
 
     def next(self) -> NDArray[np.float32]:
         """Render the chunk that is due: samples [n] float32, possibly none."""

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cosyq.artifact.reader import Artifact, open_artifact
 from cosyq.errors import UsageError
+from cosyq.kernels.start import begin_kernels
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.clock import SILENCE, Audio, Clock
 from cosyq.runtime.cpu import CpuEngine
@@ -190,6 +191,7 @@ def load(
     place = pick_device(device)
     name, arithmetic = pick_engine(engine, place), pick_dtype(dtype, place)
     if name in ("fused", "fused8"):
+        begin_kernels(place, arithmetic)  # beside the import
         from cosyq.runtime.fused import FusedEngine  # Triton is not everywhere
 
         return Synthesizer(opened, FusedEngine(opened, name, place, arithmetic), time.perf_counter() - started)

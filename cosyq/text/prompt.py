@@ -10,9 +10,10 @@ import unicodedata
 from dataclasses import dataclass
 
 from cosyq.errors import UsageError
+from cosyq.text.apart import Tokenizer
 from cosyq.text.normalize import normalize
 from cosyq.text.split import split_text
-from cosyq.text.tokenizer import END_OF_PROMPT, TextTokenizer
+from cosyq.text.tokenizer import END_OF_PROMPT
 
 SYSTEM = "You are a helpful assistant."
 MAX_CHARACTERS = 50_000  # a long chapter, an hour of speech
@@ -52,7 +53,7 @@ def speakable(text: str) -> str:
 def compose(
     text: str,
     transcript: str,
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     *,
     instruction: str = "",
     normalized: bool = True,
@@ -91,7 +92,7 @@ def compose(
     return [PromptedText(said, prompt, tokenizer.encode(said), with_speech, ends) for said, ends in pieces]
 
 
-def compose_prompt(transcript: str, tokenizer: TextTokenizer, *, instruction: str = "") -> tuple[list[int], list[int]]:
+def compose_prompt(transcript: str, tokenizer: Tokenizer, *, instruction: str = "") -> tuple[list[int], list[int]]:
     """What stands before the words: ids up to and with the marker, and the ids of the transcript after it.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 from cosyq.text.tokenizer import special_tokens
 
@@ -46,8 +47,8 @@ class Reader:
     """An ordered table of rules over a text. Groups of a pattern have names."""
 
     def __init__(self, rules: Sequence[Rule]):
-        self._rules = [(re.compile(pattern, re.ASCII), read) for pattern, read in rules]
         # One scan finds the place and the rule; the rule's own pattern then names the parts.
+        self._rules = rules
         unnamed = [re.sub(r"\(\?P<\w+>", "(?:", pattern) for pattern, _ in rules]
         self._any = re.compile("|".join([_NO_START, *(f"({pattern})" for pattern in unnamed)]), re.ASCII)
 
@@ -59,12 +60,18 @@ class Reader:
             if found.lastindex is None:
                 continue
             pattern, read = self._rules[found.lastindex - 1]
-            match = pattern.match(text, found.start())
+            match = _compiled(pattern).match(text, found.start())
             assert match is not None
             spoken += [text[begin : found.start()], read(match)]
             begin = found.end()
         spoken.append(text[begin:])
         return _joined(spoken)
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """When it is first needed: a plain text needs none of a hundred."""
+    return re.compile(pattern, re.ASCII)
 
 
 def _joined(parts: list[str]) -> str:

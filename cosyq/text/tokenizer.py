@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+FILE_NAME = "tokenizer.json"
 END_OF_PROMPT = "<|endofprompt|>"
 
 # Qwen2's split of text into words, as published with its tokenizer.

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import GOLDEN
 
 from cosyq import build
 from cosyq.artifact.manifest import Manifest
@@ -24,7 +25,8 @@ from cosyq.model.flow import time_steps
 from cosyq.quantize.calibrated import Calibrated
 from cosyq.recipe import find_recipe, load_recipe
 from cosyq.runtime.synthesizer import load
-from cosyq.sequences import shown, speak
+from cosyq.sequences import artifact_voices, shown, speak
+from cosyq.voices.entries import enrol as entries_enrol
 
 CPU = torch.device("cpu")
 WANTED = ("stages.llm.calibrate={sequences: 3}", "stages.flow.calibrate={sequences: 1}")
@@ -122,8 +124,6 @@ def test_a_layer_that_is_given_nothing_has_no_moment():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, artifact_of):
     """The golden checkpoint's nf4 artifact, calibrated."""
-    from conftest import GOLDEN
-
     folder = tmp_path_factory.mktemp("calibrated") / "artifact"
     changes = ["source.repo=null", "source.revision=null", "source.sha256={}", "voices=[]", f"source.path={GOLDEN}"]
     sets = [part for change in (*changes, *WANTED) for part in ("--set", change)]
@@ -147,8 +147,6 @@ def test_a_calibrated_artifact_is_as_large_and_speaks(made):
 
 
 def test_verify_finds_the_recorded_errors(made, capsys):
-    from conftest import GOLDEN
-
     assert command(["verify", str(made[0].folder), "--against", str(GOLDEN), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["worst"]
 
@@ -160,6 +158,30 @@ def test_the_same_artifact_every_time(made, tmp_path):
     manifest = build.run(prepared, tmp_path / "again", CPU, force=False, progress=quiet, calibrated=again)
     for name in ("llm.safetensors", "flow.safetensors"):
         assert manifest.files[name] == made[0].manifest.files[name]
+
+
+def test_a_recording_is_enrolled_once(monkeypatch, whole_checkpoint, tmp_path):
+    """The voice that calibration speaks with is the one that the artifact gets."""
+    enrolled, spoken_with = [], []
+
+    def enrol(*given):
+        enrolled.append(entries_enrol(*given))
+        return enrolled[-1]
+
+    def listened(artifact):
+        spoken_with.extend(voices := artifact_voices(artifact))
+        return voices
+
+    monkeypatch.setattr("cosyq.voices.entries.enrol", enrol)
+    monkeypatch.setattr(run, "artifact_voices", listened)
+    audio = GOLDEN.parent / "audio" / "zero_shot_prompt.wav"
+    recording = f"voices=[{{name: me, audio: {audio}, transcript: hello there}}]"
+    changes = _golden(WANTED[1], recording, f"source.path={whole_checkpoint}")
+    sets = [part for change in changes for part in ("--set", change)]
+    assert command(["quantize", "nf4", "--device", "cpu", "-o", str(tmp_path / "a"), *sets]) == 0
+    (voice,) = enrolled
+    assert [one.name for one in spoken_with] == ["me"]
+    assert (tmp_path / "a" / "voices" / "me.safetensors").read_bytes() == voice.to_bytes() == spoken_with[0].to_bytes()
 
 
 def test_calibration_that_changes_nothing_stops_the_build(monkeypatch, tmp_path, capsys):
@@ -186,8 +208,6 @@ NOTHING = Calibrated({}, 0.1, 0.1, 0.1)
 
 
 def _golden(*changes):
-    from conftest import GOLDEN
-
     base = ["source.repo=null", "source.revision=null", "source.sha256={}", "voices=[]", f"source.path={GOLDEN}"]
     return [*base, *changes]
 

@@ -271,7 +271,7 @@ def test_a_failure_leaves_no_record(cli, spoken, tmp_path, monkeypatch):
         (torch.OutOfMemoryError("7 EiB"), 4, "DeviceError"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("cosyq.runtime.engine.TorchEngine.mel", fails(error))
+            patch.setattr("cosyq.runtime.engine.TorchEngine.mels", fails(error))
             result = cli(*command, "--force", stdin=text)
         refused(result, code, "2 of 2 lines failed")
         assert [(r["error"]["kind"], r["error"]["exit_code"]) for r in results(result[1])] == [(kind, code)] * 2
@@ -279,7 +279,7 @@ def test_a_failure_leaves_no_record(cli, spoken, tmp_path, monkeypatch):
     assert cli(*command, stdin=text)[0] == 0
     # An overwriting run that fails leaves the old file, which no record claims any more.
     with monkeypatch.context() as patch:
-        patch.setattr("cosyq.runtime.engine.TorchEngine.mel", fails(ZeroDivisionError()))
+        patch.setattr("cosyq.runtime.engine.TorchEngine.mels", fails(ZeroDivisionError()))
         cli(*command, "--force", "--seed", 9, stdin=text)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.wav", "b.wav"]
 

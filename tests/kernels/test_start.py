@@ -1,11 +1,90 @@
-"""What Triton does before its first kernel."""
+"""What is begun before the first kernel."""
 
+import ctypes
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
 from triton.runtime.cache import triton_key
 
-from cosyq.kernels.start import hash_compiler
+from cosyq.kernels import start
 
 
-def test_triton_has_hashed_itself_when_the_thread_is_done():
+def test_triton_has_hashed_itself_when_the_threads_are_done(monkeypatch, capsys):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    start.begin_kernels.cache_clear()
     triton_key.cache_clear()
-    hash_compiler().join(60)
+    threads = start.begin_kernels(torch.device("cpu"), torch.float32)
+    for thread in threads:
+        thread.join(60)
     assert triton_key.cache_info().currsize == 1
+    assert capsys.readouterr().err == ""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "what was asked for stays"
+    assert start.begin_kernels(torch.device("cpu"), torch.float32) is threads
+
+
+class Driver:
+    """libcuda, as far as it is called: the device of `good` is there."""
+
+    def __init__(self, good=0, broken=()):
+        self.good, self.broken, self.retained = good, broken, []
+
+    def __call__(self, name):
+        assert name == "libcuda.so.1"
+        return self
+
+    def cuInit(self, flags):
+        return 100 if "cuInit" in self.broken else 0
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = 7 + index
+        return 0 if index == self.good else 101
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        self.retained.append(device.value)
+        return 0
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch, tmp_path):
+    """A torch with CUDA, as far as its files tell."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    found = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(start, "find_spec", lambda name: found)
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:0", 0), ("cuda:3", 3)])
+def test_the_context_is_made_on_the_device_that_is_asked_for(cuda_torch, monkeypatch, device, index):
+    driver = Driver(good=index)
+    monkeypatch.setattr(ctypes, "CDLL", driver)
+    start.begin_context(device).join(10)
+    assert driver.retained == [7 + index]
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda:x", "cuda:-1", "tpu:0", ""])
+def test_nothing_is_made_for_another_device(cuda_torch, device):
+    assert start.begin_context(device) is None
+
+
+@pytest.mark.parametrize("driver", [Driver(broken=["cuInit"]), Driver(good=5), OSError("no libcuda.so.1")])
+def test_a_driver_that_fails_is_left_to_torch(cuda_torch, monkeypatch, driver, capsys):
+    def library(name):
+        if isinstance(driver, OSError):
+            raise driver
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    start.begin_context("cuda").join(10)
+    assert getattr(driver, "retained", []) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_torch_for_cpus_needs_no_context(cuda_torch, monkeypatch):
+    (cuda_torch / "lib" / "libtorch_cuda.so").unlink()
+    assert start.begin_context("auto") is None
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    assert start.begin_context("auto") is None

@@ -181,20 +181,6 @@ def test_an_utterance_beyond_the_noise_is_refused():
         called(FusedFlow(network(None)), utterance(31, 0, streaming=False, final=True))
 
 
-def test_what_is_called_between_steps_may_end_the_work():
-    plain, fused, calls = network(None), FusedFlow(network(None)), []
-
-    def stop():
-        calls.append(1)
-        if len(calls) == 2:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        fused.solve([OFFLINE], start_noise(SMALL), steps=2, between=stop)
-    assert len(calls) == 2
-    assert relative(called(fused, OFFLINE, 1), called(plain, OFFLINE, 1)) < EXACT
-
-
 @pytest.mark.parametrize("fmt", [INT8, NF4, four_bit("nf4", 64, False)], ids=str)
 def test_layers_of_one_kind_unpack_as_one(fmt):
     """As they do at full size, where a layer has whole groups of scales; here 256 and 512 blocks."""

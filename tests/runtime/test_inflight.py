@@ -286,7 +286,8 @@ def test_nobodys_words_run_further_ahead_than_a_chunk(batch, engine):
 
 def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     def flight(started, sent, due=True, frames=100, steps=10):
-        rendering = type("Rendering", (), {"due": 5 if due else None, "frames": frames, "steps": steps})
+        there = {"due": 5 if due else None, "frames": frames, "steps": steps, "stretch": lambda _: None}
+        rendering = type("Rendering", (), there)
         line = type("Line", (), {"rendering": rendering, "drawing": not due})
         about = {"lines": [line], "started": started, "sent": sent, "dry_at": started + sent, "line_drawn": not due}
         return type("Flight", (), about)
@@ -349,6 +350,47 @@ def test_ids_wait_for_a_step_of_many_where_there_is_audio_in_hand(batch):
         assert batch._draw(urgent=urgent) is draws
     assert len(steps) == 4
     batch._active, batch._decoder = [], decoder
+
+
+def test_ids_are_drawn_to_the_end_where_there_is_audio_in_hand(batch, engine):
+    """If all of an utterance goes through the flow with each of its chunks; and by many before what can wait."""
+
+    def flight(started, sent, due=True, drawing=True):
+        about = {"due": 5 if due else None, "frames": 100, "steps": 10, "stretch": lambda _: None}
+        line = type("Line", (), {"rendering": type("Rendering", (), about), "drawing": drawing})
+        told = {"lines": [line], "started": started, "dry_at": started + sent, "line_drawn": line if drawing else None}
+        return type("Flight", (), told)
+
+    now = time.monotonic()
+    rich, poor, whole = flight(now - 1, 9), flight(now - 2, 2.1), flight(now - 1, 9, drawing=False)
+    for frames, flights, chosen in (
+        (0, [rich, whole], [rich]),
+        (400, [rich], []),
+        (400, [rich, poor, whole, whole], [poor, whole, whole]),
+        (400, [rich, whole, whole], [whole, whole]),
+        (400, [rich, rich, whole], []),  # a step is of many, and nobody waits for the chunk
+        (400, [rich, rich, poor], [poor]),
+    ):
+        engine.flow_frames, batch._active = frames, flights
+        assert batch._choose() == chosen
+        assert chosen or any(batch._lacks(f) for f in flights)  # or nothing would ever happen
+    engine.flow_frames, batch._active = 0, []
+
+
+def test_short_texts_are_read_by_the_thread_that_speaks_them(batch, monkeypatch):
+    readers = []
+    read = batch.tts.requests.utterances
+    monkeypatch.setattr(
+        batch.tts.requests, "utterances", lambda *a: readers.append(threading.current_thread().name) or read(*a)
+    )
+    for text in ("a", "a " * inflight.SHORT):
+        ear = submit(batch, text)
+        while not (ear.began.wait(0.001) or ear.over.is_set()):
+            pass
+        ear.cancel()
+        assert ear.over.wait(20)
+    assert readers[0] == "in-flight"
+    assert readers[1].startswith("preparing")
 
 
 def test_chunks_rendered_side_by_side_are_what_they_would_be_alone(tts, engine, voice):

@@ -70,6 +70,30 @@ def test_a_stream_equals_one_block_causal_pass(tts, voice, prompt):
     assert relative(streamed, whole) < 2e-3
 
 
+def test_the_rest_of_an_utterance_can_be_one_chunk(tts, voice):
+    """Once all its ids were drawn, behind the first chunk, and if the flow is to take so many frames."""
+    manner, tokens = tts.requests.manner({"voice": voice, "seed": 5}), _tokens(tts, voice, seed=5)
+
+    def render(frames):
+        rendering = tts.rendering(manner)
+        rendering.add(tokens)
+        chunks = [rendering.next()]
+        rendering.stretch(frames)
+        assert rendering.due < len(tokens)  # more may follow
+        rendering.end()
+        while not rendering.over:
+            rendering.stretch(frames)
+            chunks.append(rendering.next())
+        return chunks
+
+    whole = 2 * (len(tokens) + voice.prompt_tokens.numel())
+    short, long = render(0), render(whole)
+    assert (len(short) > 2, len(long)) == (True, 2)
+    both = [torch.from_numpy(np.concatenate(chunks)) for chunks in (short, long)]
+    assert len(both[0]) == len(both[1])
+    assert relative(both[1], both[0]) < 2e-3
+
+
 def _tokens(tts, voice, seed):
     manner = tts.requests.manner({"voice": voice, "seed": seed})
     (utterance,) = tts.requests.utterances(TEXT, manner)

@@ -1,0 +1,39 @@
+"""The time until an engine speaks: what is begun before torch is imported, and what is left until later."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cosyq.kernels.start import begin_context
+from cosyq.text import apart
+from cosyq.text.tokenizer import FILE_NAME
+
+SWITCH = 1e-4  # seconds after which Python's lock goes to another thread that wants it
+
+
+@contextmanager
+def starting(folder: Path, device: str) -> Iterator[None]:
+    """An artifact's engine is loaded within; enter it before torch is imported, and leave it to speak.
+
+    What is done in threads seldom needs Python's lock, but would wait 5 ms for it every time.
+
+    Imports make half a million objects, which are there to stay, and Python's collector would look at all of them again
+    and again.
+    """
+    apart.begin(folder / FILE_NAME)  # before there is a thread
+    begin_context(device)
+    collected, switch = gc.isenabled(), sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(SWITCH)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(switch)
+        if collected:
+            gc.freeze()
+            gc.unfreeze()  # both together: what is there is old, and is looked at when old objects are
+            gc.enable()
