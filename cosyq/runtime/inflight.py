@@ -4,7 +4,7 @@ One thread owns the engine. It renders the chunks that are due, first chunks fir
 the streams which would run dry first; and where none is due it draws ids, for every request that has a row of the
 language model's batch. While something is rendered it draws for those who have no audio in hand, takes in who came and
 lets go of who left, so that nobody waits for a render of somebody else's. While a request has no audio yet, a stream
-that has some in hand waits for a few steps; and where many are rendered side by side, for the end of its utterance.
+that has some in hand waits for a few steps.
 
 A GPU is given work and not waited for: steps and renders are on their way together, the next of either is launched
 before the last is over, and the thread sleeps until one of them is. An engine that computes as it is called has nothing
