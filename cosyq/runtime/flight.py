@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cosyq.errors import CosyqError, UsageError
-from cosyq.runtime.clock import Audio, Clock
+from cosyq.runtime.clock import SILENCE, Audio, Clock
 from cosyq.runtime.decode import Part
 from cosyq.runtime.rendering import Rendering
 from cosyq.runtime.request import Manner, Options
@@ -109,6 +111,23 @@ class Flight:
     def dry_at(self) -> float:
         """When what it has got will have been heard; long ago, if it has nothing."""
         return self.started + self.made
+
+    def tell(self, line: Line, lead: int, samples: NDArray[np.float32]) -> bool:
+        """Let the listener have `lead` samples of silence and some of a line's; whether that is all it may have."""
+        assert self.clock is not None
+        if lead and self._put(self.clock.audio(SILENCE, "", line.index - 1, pause=lead)):
+            return True
+        return len(samples) > 0 and self._put(self.clock.audio(samples, line.text(), line.index))
+
+    def _put(self, audio: Audio) -> bool:
+        rate, left = audio.sample_rate, None if self.longest is None else self.longest - self.sent
+        cut = left is not None and len(audio.samples) > round(left * rate)
+        if cut and left is not None:
+            timings = replace(audio.timings, finish="length")
+            audio = replace(audio, samples=audio.samples[: round(left * rate)], timings=timings)
+        self.sent += len(audio.samples) / rate
+        self.listener.put(audio)
+        return cut
 
     def write(self, tts: Synthesizer, text: str | Iterable[str], options: Options) -> None:
         """Read all of a text, which may take as long as it is written; what is wrong with it comes after its lines."""

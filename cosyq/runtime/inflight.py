@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Unpack
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cosyq.errors import CosyqError
 from cosyq.runtime.batch import News
-from cosyq.runtime.clock import SILENCE, Audio
+from cosyq.runtime.clock import Audio
 from cosyq.runtime.decode import Finish
 from cosyq.runtime.engine import Engine
 from cosyq.runtime.failing import explained, is_fatal, lost
@@ -48,7 +48,7 @@ IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
-SHORT = 300  # characters of a text that is read in passing, in half a millisecond for 64
+SHORT = 300  # characters of a text that is read in passing: 64 take half a millisecond
 PATIENCE = 5.0  # seconds for the thread to end
 
 
@@ -428,26 +428,9 @@ class InFlight:
         return delivered
 
     def _pass_on(self, flight: Flight, one: _Sounding) -> bool:
-        samples = one.sound.samples().numpy()
-        assert flight.clock is not None
-        if one.lead:
-            self._put(flight, flight.clock.audio(SILENCE, "", one.line.index - 1, pause=one.lead))
-        if len(samples):
-            self._put(flight, flight.clock.audio(samples, one.line.text(), one.line.index))
-        return True
-
-    def _put(self, flight: Flight, audio: Audio) -> None:
-        if flight not in self._active:
-            return
-        rate, left = audio.sample_rate, None if flight.longest is None else flight.longest - flight.sent
-        cut = left is not None and len(audio.samples) > round(left * rate)
-        if cut and left is not None:
-            timings = replace(audio.timings, finish="length")
-            audio = replace(audio, samples=audio.samples[: round(left * rate)], timings=timings)
-        flight.sent += len(audio.samples) / rate
-        flight.listener.put(audio)
-        if cut:
+        if flight.tell(one.line, one.lead, one.sound.samples().numpy()):
             self._end(flight, None)
+        return True
 
     # ---- how it ends
 

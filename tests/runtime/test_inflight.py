@@ -195,6 +195,21 @@ def test_each_is_what_it_would_be_alone_where_work_is_launched_and_not_waited_fo
     test_each_is_what_it_would_be_alone(tts, batch, voice)
 
 
+def test_who_leaves_is_let_go_of_when_what_was_launched_is_over(late, monkeypatch, batch):
+    monkeypatch.setattr(LateMark, "seconds", 0.1)
+    ear = submit(batch)
+    deadline = time.monotonic() + 20
+    while not (launched := [one.sound for one in batch._sounds]):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    ear.cancel()
+    assert ear.over.wait(5)
+    assert all(sound.ready for sound in launched)
+    assert not ear.chunks
+    monkeypatch.setattr(LateMark, "seconds", 0.0)
+    assert submit(batch).over.wait(20)
+
+
 def test_no_more_at_once_than_rows_and_the_others_in_order(batch, engine):
     engine.delay = 0.005
     ears = [submit(batch, "hello") for _ in range(5)]
