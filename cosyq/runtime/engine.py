@@ -101,16 +101,13 @@ class Engine(Protocol):
         streaming: bool,
         final: bool,
         steps: int,
-        between: Callable[[], None] = nothing,
     ) -> Tensor:
-        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device.
-
-        `between` is called between the steps of the work, as far as it has any, and may end it by an exception.
-        """
+        """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device."""
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         """`mel` of several utterances, of the same number of steps, side by side.
 
+        `between` is called between the steps of the work, as far as it is waited for, and may end it by an exception.
         A GPU need not be waited for: what is wrong with a mel may show in what `sound` makes of it.
         """
 
@@ -188,9 +185,8 @@ class TorchEngine:
         streaming: bool,
         final: bool,
         steps: int,
-        between: Callable[[], None] = nothing,
     ) -> Tensor:
-        return finite(self.mels([Chunk(tokens, voice, streaming, final, steps)], between=between)[0])
+        return finite(self.mels([Chunk(tokens, voice, streaming, final, steps)])[0])
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         return [solve(self.flow, chunk, self._noise, between=between) for chunk in chunks]
