@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import GOLDEN, REPOSITORY, make_artifact, refused
+from rich.progress import Progress
 
 from cosyq.artifact.edit import put_voice
 from cosyq.artifact.reader import open_artifact
@@ -99,6 +100,8 @@ def test_every_voice_of_the_artifact_says_something(cli, artifact_of, voice, tex
 
 def test_on_a_terminal_one_bar_follows_the_other(cli, artifact_of, texts, monkeypatch):
     """Two at once cannot be drawn, and end the command."""
+    update = Progress.update  # drawn ten times a second, but a stage may be over sooner
+    monkeypatch.setattr(Progress, "update", lambda self, *a, **k: update(self, *a, **k, refresh=True))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     code, _, err = cli("eval", artifact_of("int8"), "--against", GOLDEN, "--texts", texts, "--limit", "1", *CPU)
     assert code == 0, err
