@@ -10,6 +10,9 @@ A sequence may go on from frames that are not there any more: `pasts`, int64 [n,
 where what is kept of them begins, of the type of the rows: the last rows that each convolution read [2, branches,
 taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads * d]. Its own rows see all of that.
 
+What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [2], is
+the step's row of the modulation table, and its number. `begin_step` sets out what is of it, `guide` counts on.
+
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 
 Under programmatic dependent launch (`PDL`) a kernel starts while the one before it ends: what that one wrote is read
@@ -363,8 +366,66 @@ def conv_mish(
 
 
 @triton.jit
+def _enter(
+    x, given, noise, encoded, voices, prompts, tiles, entries, half,
+    RATIO: tl.constexpr, MEL: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile, entry = tiles + tl.program_id(0) * 4, entries + tl.program_id(0) * 5
+    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    frame, token, prompt = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    shown, voice = tl.load(entry + 3), tl.load(entry + 4)
+    rows = (first + tl.arange(0, TILE))[:, None]
+    at = tl.arange(0, SIZE)[None, :]
+    place, live, conditional = rows - start, rows < end, tl.program_id(1) == 0
+    mel, told = live & (at < MEL), live & (at < TOKEN) & conditional
+    begun = tl.load(noise + (frame + place) * MEL + at, mask=mel)
+    tl.store(x + rows * MEL + at, begun, mask=mel & conditional)
+    known = tl.load(prompts + (prompt + place) * MEL + at, mask=mel & conditional & (place < shown), other=0.0)
+    tokens = tl.load(encoded + (token + place // RATIO) * TOKEN + at, mask=told, other=0.0)
+    speaker = tl.load(voices + voice * MEL + at, mask=(at < MEL) & conditional, other=0.0)
+    into = given + (tl.program_id(1).to(tl.int64) * half + rows) * (3 * MEL + TOKEN) + at
+    tl.store(into, begun.to(given.dtype.element_ty), mask=mel)
+    tl.store(into + MEL, known.to(given.dtype.element_ty), mask=mel)
+    tl.store(into + 2 * MEL, tokens.to(given.dtype.element_ty), mask=live & (at < TOKEN))
+    tl.store(into + 2 * MEL + TOKEN, (speaker + tl.zeros_like(begun)).to(given.dtype.element_ty), mask=mel)
+
+
+def enter(
+    x: Tensor, given: Tensor, noise: Tensor, encoded: Tensor, voices: Tensor, prompts: Tensor,
+    tiles: Tensor, entries: Tensor, *, ratio: int,
+) -> None:  # fmt: skip
+    """What the estimator is given at first: x [half, mel] and given [2 * half, mel + mel + token + mel].
+
+    noise [frames, mel], encoded [tokens, token], voices [utterances, mel], prompts [any, mel], all float32. `entries`,
+    int32 [n, 5], says of a tile's sequence: the frame, the token and the row of `prompts` that it begins with, how many
+    of its rows have a prompt, and its voice. `ratio` frames have a token.
+    """
+    half, mel = x.shape
+    token = encoded.shape[1]
+    _enter[(tiles.shape[0], 2)](
+        x, given, noise, encoded, voices, prompts, tiles, entries, half,
+        RATIO=ratio, MEL=mel, TOKEN=token, SIZE=triton.next_power_of_2(max(mel, token)), TILE=TILE, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _begin_step(now, table, row, pasts, into, width, step, count, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(row + at, tl.load(table + tl.load(now) * width + at, mask=at < width), mask=at < width)
+    tl.store(into + at, tl.load(pasts + tl.load(now + 1) * step + at, mask=at < count), mask=at < count)
+
+
+def begin_step(now: Tensor, table: Tensor, row: Tensor, pasts: Tensor, into: Tensor) -> None:
+    """Of table [any, width] the step's row, to `row`; of pasts [steps, at least n, 2] what is the step's, to `into`."""
+    size = 1024
+    _begin_step[(triton.cdiv(max(row.numel(), into.numel()), size),)](
+        now, table, row, pasts, into, row.numel(), pasts[0].numel(), into.numel(), SIZE=size, num_warps=4
+    )
+
+
+@triton.jit
 def _guide(
-    x, velocity, given, dt, half, guidance,
+    x, velocity, given, dt, now, half, guidance,
     MEL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -377,15 +438,19 @@ def _guide(
     rounded = moved.to(given.dtype.element_ty)
     tl.store(given + rows * WIDTH + at, rounded, mask=there)
     tl.store(given + (half + rows) * WIDTH + at, rounded, mask=there)
+    if tl.program_id(0) == 0:
+        tl.store(now, tl.load(now) + 1)
+        tl.store(now + 1, tl.load(now + 1) + 1)
 
 
-def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, guidance: float) -> None:
+def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, now: Tensor, guidance: float) -> None:
     """One Euler step of the guided velocity: x [half, mel] float32 moves on, and into the first columns of `given`.
 
-    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device.
+    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device. Then it is the
+    next step's turn.
     """
     half, mel = x.shape
     _guide[(triton.cdiv(half, 8),)](
-        x, velocity, given, dt, half, guidance,
+        x, velocity, given, dt, now, half, guidance,
         MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=triton.next_power_of_2(mel), num_warps=4,
     )  # fmt: skip

@@ -20,7 +20,6 @@ from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
 from cosyq.runtime.fused_vocoder import FusedVocoder
 from cosyq.runtime.schedule import Growth
 from cosyq.runtime.sound import Sound
-from cosyq.runtime.transfer import sent
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
 
@@ -66,15 +65,7 @@ class FusedEngine(TorchEngine):
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
         """Launched and not waited for, so there is nothing between its steps."""
         utterances = [
-            Utterance(
-                sent(c.ids, self.device),
-                sent(c.voice.speaker, self.device),
-                sent(c.voice.prompt_mel, self.device),
-                c.streaming,
-                c.final,
-                self._past(c),
-            )
-            for c in chunks
+            Utterance(c.ids, c.voice.speaker, c.voice.prompt_mel, c.streaming, c.final, self._past(c)) for c in chunks
         ]
         return self._solver.solve(utterances, self._noise, steps=chunks[0].steps)
 
@@ -95,9 +86,8 @@ class FusedEngine(TorchEngine):
         size = chunk.steps * numbers(c, frames) * self.dtype.itemsize
 
         def make() -> Past:
-            ids = sent(voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead].long(), self.device)
-            mel, speaker = sent(voice.prompt_mel[:frames], self.device), sent(voice.speaker, self.device)
-            return self._solver.keep(ids, speaker, mel, self._noise, steps=chunk.steps)
+            ids = voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead]
+            return self._solver.keep(ids, voice.speaker, voice.prompt_mel[:frames], self._noise, steps=chunk.steps)
 
         return self._pasts.get(_key(chunk), size, make)
 

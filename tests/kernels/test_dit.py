@@ -155,11 +155,22 @@ def test_mish_of_large_numbers():
     assert relative(out, F.mish(x)) < EXACT
 
 
+def test_a_step_finds_what_is_of_it():
+    """More numbers than one program copies, and more tiles kept than are asked for."""
+    table, pasts = torch.randn(4, 1100), torch.randint(0, 1 << 40, (3, 7, 2))
+    row, into = poisoned(1100), torch.zeros(5, 2, dtype=torch.int64)
+    dit.begin_step(torch.tensor([3, 1]), table, row, pasts, into)
+    assert torch.equal(row, table[3])
+    assert torch.equal(into, pasts[1, :5])
+
+
 def test_guided_step():
     x, velocity, given = torch.randn(10, 12), torch.randn(20, 12), torch.randn(20, 30)
     kept, conditional, free = given[:, 12:].clone(), velocity[:10], velocity[10:]
     expected = x + 0.3 * (1.7 * conditional - 0.7 * free)
-    dit.guide(x, velocity, given, torch.tensor([0.3]), 0.7)
+    now = torch.tensor([5, 2])
+    dit.guide(x, velocity, given, torch.tensor([0.3]), now, 0.7)
+    assert now.tolist() == [6, 3]
     assert relative(x, expected) < EXACT
     assert torch.equal(given[:, :12], torch.cat([x, x]))
     assert torch.equal(given[:, 12:], kept)
