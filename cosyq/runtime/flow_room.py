@@ -80,7 +80,7 @@ class Room:
         self._steps = torch.zeros(2 * half, device=device)
         self._x = torch.zeros(half, c.mel_dim, device=device)
         self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
-        self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
+        self._pasts = torch.zeros(tiles, 3, dtype=torch.int64, device=device)
         tokens = -(-(positions // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
         self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
         self._encoded = torch.zeros(tokens * c.token_mel_ratio, c.token_dim, device=device)

@@ -23,7 +23,7 @@ from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
-from cosyq.runtime.flow_past import Past, tail_numbers
+from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
 from cosyq.runtime.flow_room import TOKENS, Room, Told, View
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
@@ -35,23 +35,25 @@ MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
-_Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What `Flow.forward` asks for; tensors on the device. `past` is of its prompt's begin, if that was kept."""
+    """What `Flow.forward` asks for; tensors on the device.
+
+    past: what is kept of its first frames, the prompt's included.
+    into: what is to be kept of the others.
+    sent: frames behind the prompt's that are not asked for any more; `past` has none but those.
+    """
 
     tokens: Tensor
     speaker: Tensor
     prompt_mel: Tensor
     streaming: bool
     final: bool
-    past: Past | None = None
-
-    @property
-    def past_frames(self) -> int:
-        return 0 if self.past is None else self.past.frames
+    past: tuple[Segment, ...] = ()
+    into: Segment | None = None
+    sent: int = 0
 
 
 class FusedFlow:
@@ -64,10 +66,12 @@ class FusedFlow:
         estimator, self.config = flow.estimator, flow.config
         self.dtype, self.device = estimator.dtype, estimator.proj_out.weight.device
         self._tables = {
-            int(steps): torch.cat([table.data, torch.tensor(time_steps(int(steps))[1]).to(table)[:, None]], dim=1)
+            int(steps): torch.cat(
+                [table.data, torch.tensor([*enumerate(time_steps(int(steps))[1])]).to(table).flip(1)], dim=1
+            )
             for steps, table in flow.adaln.items()
         }
-        self._row = torch.empty(self.config.modulation_width + 1, device=self.device)
+        self._row = torch.empty(self.config.modulation_width + 2, device=self.device)
         self._frequencies = estimator.rope_frequencies.data.float()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
         self._convolutions = convolutions(estimator.conv_pos)
@@ -103,7 +107,8 @@ class FusedFlow:
 
     @torch.inference_mode()
     def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
-        """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
+        """The mel of each utterance after its prompt and what was sent, [mel, frames] float32; the rest as in
+        `Flow.forward`. Whoever goes on from what is kept now must be solved on the same stream.
 
         What an utterance becomes depends on its neighbours by rounding at most.
 
@@ -116,54 +121,39 @@ class FusedFlow:
         longest = max(ends)
         if longest > noise.shape[0]:
             raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
-        lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
+        starts = [total(u.past) for u in utterances]
+        lengths = [end - start for end, start in zip(ends, starts, strict=True)]
         half = _padded(sum(lengths))
         tiles = _tiles(half, len(utterances))
         blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         view = self._view(half, tiles, longest)
         view.tiles.copy_(sent(kernels.tile_table(lengths, blocks, tiles), self.device))
-        pasts = sent(_past_table([u.past for u in utterances], lengths, tiles, steps), self.device)
+        lists = sent(_lists(utterances), self.device)  # which the steps read
+        view.pasts.copy_(sent(_past_table(utterances, lengths, tiles, lists.data_ptr()), self.device))
         first = 0
         view.clear()
-        for u, start, length in zip(utterances, (u.past_frames for u in utterances), lengths, strict=True):
+        for u, start, length in zip(utterances, starts, lengths, strict=True):
             told = self._told(u.tokens, u.speaker)
             view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
             first += length
-        for row, past in zip(table, pasts, strict=True):
+        for row in table:
             self._row.copy_(row)
-            view.pasts.copy_(past)
             self._launch(lambda: self._step(view), (half, tiles))
-        found = view.x[: sum(lengths)].split(lengths)
-        return [x[len(u.prompt_mel) - u.past_frames :].T.clone() for x, u in zip(found, utterances, strict=True)]
+        places = zip(view.x[: sum(lengths)].split(lengths), starts, utterances, strict=True)
+        return [x[len(u.prompt_mel) + u.sent - start :].T.clone() for x, start, u in places]
 
-    @torch.inference_mode()
-    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Past:
+    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Segment:
         """What later calls need of a prompt's frames, which are whole blocks; arguments as in `Flow.forward`.
 
         The last `lookahead` of the tokens are only looked at.
         """
-        frames = self.config.token_mel_ratio * (len(tokens) - self.config.lookahead)
-        half = _padded(frames)
-        tiles = _tiles(half, 1)
-        view = self._view(half, tiles, frames)
-        view.tiles.copy_(sent(kernels.tile_table([frames], [self.config.chunk_frames], tiles), self.device))
-        view.pasts.zero_()
-        view.clear()
-        view.begin(0, slice(0, frames), noise, prompt_mel, self._told(tokens, speaker))
-        past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
-        now = Past.empty(self.config, frames, 1, dtype=self.dtype, device=self.device)
-        keep = now.tails(self.config, 0), now.keys_and_values(self.config, 0)
-        graph = None
-        for step, row in enumerate(self._tables[steps]):
-            self._row.copy_(row)
-            if graph is not None:
-                graph.replay()
-            elif self._stream is not None:
-                graph = self._do_and_capture(lambda: self._step(view, keep), self._stream)
-            else:
-                self._step(view, keep)
-            past.memory[step].copy_(now.memory[0])
-        return past
+        into = self.segment(len(prompt_mel), steps)
+        self.solve([Utterance(tokens, speaker, prompt_mel, True, False, into=into)], noise, steps=steps)
+        return into
+
+    def segment(self, frames: int, steps: int) -> Segment:
+        """For what is to be kept."""
+        return Segment.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
 
     def unpack(self, room: int) -> int:
         """Unpack the weights for good, if they fit `room` bytes; returns the bytes taken. The mel is the same."""
@@ -192,6 +182,7 @@ class FusedFlow:
                 tiles = _tiles(half, utterances)
                 view = self._view(half, tiles, half)
                 view.tiles.zero_()
+                view.pasts.zero_()
                 view.clear()
                 self._row.zero_()
                 self._launch(partial(self._step, view), (half, tiles))
@@ -262,22 +253,16 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: View, keep: _Keep | None = None) -> None:
-        """x moves by one step of the timestep in `_row`.
-
-        keep: of a sequence that is alone.
-        """
+    def _step(self, v: View) -> None:
+        """x moves by one step of the timestep in `_row`."""
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
-        last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
+        last_scale, last_shift, dt, step = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1, 1])
+        pasts = kernels.Pasts(v.pasts, step, tail_numbers(c), frame_numbers(c))
         (first, first_bias), (second, second_bias) = self._convolutions
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.pasts, v.normed, which=0)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.pasts, v.residual, which=1)
-        if keep is not None:
-            tails, frames = keep[0], keep[1].shape[2]
-            for tail, read in zip(tails, (v.change, v.normed), strict=True):
-                tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
@@ -286,10 +271,8 @@ class FusedFlow:
                 times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv)
             else:
                 _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
-            if keep is not None:
-                keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
-            kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
+            kernels.rotate(v.qkv, v.rope, v.tiles, pasts)
+            kernels.attend(v.qkv, v.tiles, pasts, v.context, layer=index, heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
@@ -317,22 +300,22 @@ def _tiles(half: int, utterances: int) -> int:
     return half // kernels.TILE + spare
 
 
-def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int, steps: int) -> Tensor:
-    """`kernels.dit`'s of every step, [steps, tiles, 2] int64 on the host."""
-    table = torch.zeros(steps, tiles, 2, dtype=torch.int64)
+def _lists(utterances: Sequence[Utterance]) -> Tensor:
+    """The segments of each, as `kernels.dit` has them, one list after the other; int64 on the host."""
+    listed = ([len(u.past), *(n for s in u.past for n in (s.frames, s.memory.data_ptr()))] for u in utterances)
+    return torch.tensor([number for numbers in listed for number in numbers], dtype=torch.int64)
+
+
+def _past_table(utterances: Sequence[Utterance], lengths: Sequence[int], tiles: int, lists: int) -> Tensor:
+    """`kernels.dit`'s, [tiles, 3] int64 on the host; `lists` is where the lists of segments are on the device."""
+    table = torch.zeros(tiles, 3, dtype=torch.int64)
     first = 0
-    for past, length in zip(pasts, lengths, strict=True):
+    for u, length in zip(utterances, lengths, strict=True):
         last = first + -(-length // kernels.TILE)
-        if past is not None:
-            table[:, first:last, 0] = past.frames
-            table[:, first:last, 1] = torch.tensor([past.address(step) for step in range(steps)])[:, None]
-        first = last
+        into = u.into.memory.data_ptr() if u.into is not None else 0
+        table[first:last] = torch.tensor([total(u.past), lists if u.past else 0, into])
+        first, lists = last, lists + 8 * (1 + 2 * len(u.past))
     return table
-
-
-def _branches(rows: Tensor, frames: int) -> Tensor:
-    """The first frames of each half of rows [n, width], [2, frames, width]."""
-    return rows.view(2, -1, rows.shape[1])[:, :frames]
 
 
 def _input(v: View, weight: Tensor | Codes) -> Tensor | tuple[Tensor, Tensor]:
