@@ -13,6 +13,9 @@ d]. `Pasts.table`, int64 [n, 3], says of every tile how many frames came before 
 segments is (their number, at least 1, then frames and address of each), and the address of a segment for all of its
 sequence's rows; 0 is none. A sequence's rows see all that came before it.
 
+What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [2], is
+the step's row of the modulation table, and its number. `begin_step` sets out what is of it, `guide` counts on.
+
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 
 Under programmatic dependent launch (`PDL`) a kernel starts while the one before it ends: what that one wrote is read
@@ -55,12 +58,12 @@ class Pasts:
     """What sequences go on from, and leave, at one of the steps.
 
     table: int64 [tiles, 3], see above.
-    step: the step's number, float32 [1].
+    now: int64 [2], the step's number last.
     tails, frame: how many numbers of a step a segment has of what was convolved, and of each frame's keys and values.
     """
 
     table: Tensor
-    step: Tensor
+    now: Tensor
     tails: int
     frame: int
 
@@ -268,7 +271,7 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["layer"])
 def _attend(
-    qkv, out, tiles, pasts, steps, layer, half, scale,
+    qkv, out, tiles, pasts, now, layer, half, scale,
     KEPT: tl.constexpr, TAILS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -297,7 +300,7 @@ def _attend(
         state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
         wide: tl.constexpr = 2 * HEADS * D
         mine = (layer * 2 + tl.program_id(2)).to(tl.int64) * wide  # for each frame of a segment
-        step = tl.load(steps).to(tl.int64)
+        step = tl.load(now + 1)
         into = tl.load(pasts + tl.program_id(0) * 3 + 2)
         if into != 0:
             kept = _segment(into, end - start, step, KEPT, TAILS, qkv.dtype.element_ty)
@@ -330,7 +333,7 @@ def attend(qkv: Tensor, tiles: Tensor, pasts: Pasts, out: Tensor, *, layer: int,
     rows, inner = out.shape
     d = inner // heads
     _attend[(tiles.shape[0], heads, 2)](
-        qkv, out, tiles, pasts.table, pasts.step, layer, rows // 2, LOG2_E / d**0.5,
+        qkv, out, tiles, pasts.table, pasts.now, layer, rows // 2, LOG2_E / d**0.5,
         KEPT=pasts.frame, TAILS=pasts.tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS,
         num_warps=4, num_stages=3, **overlapping(qkv.device),
     )  # fmt: skip
@@ -346,7 +349,7 @@ def _mish(x):
 
 @triton.jit
 def _conv_mish(
-    x, weight, bias, before, out, tiles, pasts, steps, half,
+    x, weight, bias, before, out, tiles, pasts, now, half,
     WHICH: tl.constexpr, ADD: tl.constexpr, KEPT: tl.constexpr, TAILS: tl.constexpr, DIM: tl.constexpr,
     GROUP: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -361,7 +364,7 @@ def _conv_mish(
         matrix = weight + group * (TAPS * GROUP * GROUP) + channel[:, None] * GROUP + channel[None, :]
         acc = tl.zeros([TILE, GROUP], tl.float32)
         tail = (WHICH * 2 + tl.program_id(2)) * ((TAPS - 1) * DIM) + group * GROUP + channel[None, :]
-        step = tl.load(steps).to(tl.int64)
+        step = tl.load(now + 1)
         listed = tl.load(pasts + tl.program_id(0) * 3 + 1)
         if (first == start) & (listed != 0):
             segments = listed.to(tl.pointer_type(tl.int64))
@@ -400,15 +403,70 @@ def conv_mish(
     groups, taps, group, _ = weight.shape
     rows, dim = x.shape
     _conv_mish[(tiles.shape[0], groups, 2)](
-        x, weight, bias, x if before is None else before, out, tiles, pasts.table, pasts.step, rows // 2,
+        x, weight, bias, x if before is None else before, out, tiles, pasts.table, pasts.now, rows // 2,
         WHICH=which, ADD=before is not None, KEPT=pasts.frame, TAILS=pasts.tails,
         DIM=dim, GROUP=group, TAPS=taps, TILE=TILE, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 @triton.jit
+def _enter(
+    x, given, noise, encoded, voices, prompts, tiles, entries, half,
+    RATIO: tl.constexpr, MEL: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile, entry = tiles + tl.program_id(0) * 4, entries + tl.program_id(0) * 5
+    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    frame, token, prompt = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    shown, voice = tl.load(entry + 3), tl.load(entry + 4)
+    rows = (first + tl.arange(0, TILE))[:, None]
+    at = tl.arange(0, SIZE)[None, :]
+    place, live, conditional = rows - start, rows < end, tl.program_id(1) == 0
+    mel, told = live & (at < MEL), live & (at < TOKEN) & conditional
+    begun = tl.load(noise + (frame + place) * MEL + at, mask=mel)
+    tl.store(x + rows * MEL + at, begun, mask=mel & conditional)
+    known = tl.load(prompts + (prompt + place) * MEL + at, mask=mel & conditional & (place < shown), other=0.0)
+    tokens = tl.load(encoded + (token + place // RATIO) * TOKEN + at, mask=told, other=0.0)
+    speaker = tl.load(voices + voice * MEL + at, mask=(at < MEL) & conditional, other=0.0)
+    into = given + (tl.program_id(1).to(tl.int64) * half + rows) * (3 * MEL + TOKEN) + at
+    tl.store(into, begun.to(given.dtype.element_ty), mask=mel)
+    tl.store(into + MEL, known.to(given.dtype.element_ty), mask=mel)
+    tl.store(into + 2 * MEL, tokens.to(given.dtype.element_ty), mask=live & (at < TOKEN))
+    tl.store(into + 2 * MEL + TOKEN, (speaker + tl.zeros_like(begun)).to(given.dtype.element_ty), mask=mel)
+
+
+def enter(
+    x: Tensor, given: Tensor, noise: Tensor, encoded: Tensor, voices: Tensor, prompts: Tensor,
+    tiles: Tensor, entries: Tensor, *, ratio: int,
+) -> None:  # fmt: skip
+    """What the estimator is given at first: x [half, mel] and given [2 * half, mel + mel + token + mel].
+
+    noise [frames, mel], encoded [tokens, token], voices [utterances, mel], prompts [any, mel], all float32. `entries`,
+    int32 [n, 5], says of a tile's sequence: the frame, the token and the row of `prompts` that it begins with, how many
+    of its rows have a prompt, and its voice. `ratio` frames have a token.
+    """
+    half, mel = x.shape
+    token = encoded.shape[1]
+    _enter[(tiles.shape[0], 2)](
+        x, given, noise, encoded, voices, prompts, tiles, entries, half,
+        RATIO=ratio, MEL=mel, TOKEN=token, SIZE=triton.next_power_of_2(max(mel, token)), TILE=TILE, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _begin_step(now, table, row, width, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(row + at, tl.load(table + tl.load(now) * width + at, mask=at < width), mask=at < width)
+
+
+def begin_step(now: Tensor, table: Tensor, row: Tensor) -> None:
+    """Of table [any, width] the step's row, to `row`."""
+    size = 1024
+    _begin_step[(triton.cdiv(row.numel(), size),)](now, table, row, row.numel(), SIZE=size, num_warps=4)
+
+
+@triton.jit
 def _guide(
-    x, velocity, given, dt, half, guidance,
+    x, velocity, given, dt, now, half, guidance,
     MEL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -421,15 +479,19 @@ def _guide(
     rounded = moved.to(given.dtype.element_ty)
     tl.store(given + rows * WIDTH + at, rounded, mask=there)
     tl.store(given + (half + rows) * WIDTH + at, rounded, mask=there)
+    if tl.program_id(0) == 0:
+        tl.store(now, tl.load(now) + 1)
+        tl.store(now + 1, tl.load(now + 1) + 1)
 
 
-def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, guidance: float) -> None:
+def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, now: Tensor, guidance: float) -> None:
     """One Euler step of the guided velocity: x [half, mel] float32 moves on, and into the first columns of `given`.
 
-    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device.
+    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device. Then it is the
+    next step's turn.
     """
     half, mel = x.shape
     _guide[(triton.cdiv(half, 8),)](
-        x, velocity, given, dt, half, guidance,
+        x, velocity, given, dt, now, half, guidance,
         MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=triton.next_power_of_2(mel), num_warps=4,
     )  # fmt: skip

@@ -15,12 +15,12 @@ from cosyq.runtime.batch import follow_alone
 from cosyq.runtime.decode import Part
 from cosyq.runtime.engine import Chunk, EngineName, TorchEngine
 from cosyq.runtime.flow_past import Pasts, Segment, numbers, total, whole_blocks
+from cosyq.runtime.flow_room import SEGMENTS
 from cosyq.runtime.fused_flow import FusedFlow, Utterance
 from cosyq.runtime.fused_llm import BURST, FusedDecoder, FusedForward, FusedLM
 from cosyq.runtime.fused_vocoder import FusedVocoder
 from cosyq.runtime.schedule import Growth
 from cosyq.runtime.sound import Sound
-from cosyq.runtime.transfer import sent
 
 ALONE = 2048  # positions that the decoder of a single utterance is made for, unless one needs more
 
@@ -79,17 +79,10 @@ class FusedEngine(TorchEngine):
         into = None
         if chunk.streaming and not chunk.final:  # and so it ends where a block does
             frames = c.token_mel_ratio * (len(voice.prompt_tokens) + len(chunk.tokens) - c.lookahead) - total(past)
-            if frames >= c.conv_kernel:
+            if frames >= c.conv_kernel and len(past) < SEGMENTS:
                 into = self._pasts.segment(self._size(frames, chunk), lambda: self._solver.segment(frames, chunk.steps))
         return Utterance(
-            sent(chunk.ids, self.device),
-            sent(voice.speaker, self.device),
-            sent(voice.prompt_mel, self.device),
-            chunk.streaming,
-            chunk.final,
-            past,
-            into,
-            chunk.sent,
+            chunk.ids, voice.speaker, voice.prompt_mel, chunk.streaming, chunk.final, past, into, chunk.sent
         )
 
     @torch.inference_mode()
@@ -108,9 +101,8 @@ class FusedEngine(TorchEngine):
             return None
 
         def make() -> Segment:
-            ids = sent(voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead].long(), self.device)
-            mel, speaker = sent(voice.prompt_mel[:frames], self.device), sent(voice.speaker, self.device)
-            return self._solver.keep(ids, speaker, mel, self._noise, steps=chunk.steps)
+            ids = voice.prompt_tokens[: frames // c.token_mel_ratio + c.lookahead]
+            return self._solver.keep(ids, voice.speaker, voice.prompt_mel[:frames], self._noise, steps=chunk.steps)
 
         return self._pasts.get(_key(chunk), self._size(frames, chunk), make)
 

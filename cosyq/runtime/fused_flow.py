@@ -3,9 +3,9 @@
 A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
 evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that; where
 it is asked for, two of the products take int8 as it is stored (`kernels.flow_products`). One evaluation is a CUDA
-graph, captured while the first of its length runs, so that even a first utterance gains by it. What changes from step
-to step, the timestep's modulation and size, is copied in before each replay. What comes before the first step is a
-graph too: launched one by one, its kernels would take as long as a step of a short utterance.
+graph, captured while the first of its length runs, so that even a first utterance gains by it. It finds on the device
+which step it is, so replays follow one another with nothing between. All that a call says is sent as one copy; what is
+made of that before the first step is a graph too, of all utterances together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
-from cosyq.runtime.flow_room import TOKENS, Room, Told, View
+from cosyq.runtime.flow_room import BESIDE_ITS_OWN, TOKENS, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
-from cosyq.runtime.transfer import sent
+from cosyq.runtime.transfer import send
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
@@ -39,9 +40,9 @@ MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spa
 
 @dataclass(frozen=True)
 class Utterance:
-    """What `Flow.forward` asks for; tensors on the device.
+    """What `Flow.forward` asks for; tensors on the host.
 
-    past: what is kept of its first frames, the prompt's included.
+    past: what is kept of its first frames, the prompt's included; at most `SEGMENTS`.
     into: what is to be kept of the others.
     sent: frames behind the prompt's that are not asked for any more; `past` has none but those.
     """
@@ -55,6 +56,10 @@ class Utterance:
     into: Segment | None = None
     sent: int = 0
 
+    @property
+    def past_frames(self) -> int:
+        return total(self.past)
+
 
 class FusedFlow:
     """A `Flow`'s call, faster; for one thread at a time. Takes the flow apart: its estimator is used up.
@@ -65,13 +70,12 @@ class FusedFlow:
     def __init__(self, flow: Flow, *, coded: bool = False):
         estimator, self.config = flow.estimator, flow.config
         self.dtype, self.device = estimator.dtype, estimator.proj_out.weight.device
-        self._tables = {
-            int(steps): torch.cat(
-                [table.data, torch.tensor([*enumerate(time_steps(int(steps))[1])]).to(table).flip(1)], dim=1
-            )
-            for steps, table in flow.adaln.items()
-        }
-        self._row = torch.empty(self.config.modulation_width + 2, device=self.device)
+        numbers = sorted(int(steps) for steps in flow.adaln)
+        self._firsts = dict(zip(numbers, accumulate(numbers, initial=0), strict=False))  # rows of the table
+        sizes = [torch.tensor(time_steps(steps)[1]).to(flow.adaln[str(steps)])[:, None] for steps in numbers]
+        tables = [torch.cat([flow.adaln[str(n)].data, dt], dim=1) for n, dt in zip(numbers, sizes, strict=True)]
+        self._table = torch.cat(tables)
+        self._row = torch.empty(self.config.modulation_width + 1, device=self.device)
         self._frequencies = estimator.rope_frequencies.data.float()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
         self._convolutions = convolutions(estimator.conv_pos)
@@ -107,40 +111,19 @@ class FusedFlow:
 
     @torch.inference_mode()
     def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
-        """The mel of each utterance after its prompt and what was sent, [mel, frames] float32; the rest as in
-        `Flow.forward`. Whoever goes on from what is kept now must be solved on the same stream.
+        """The mel of each utterance after its prompt and what was sent, [mel, frames] float32; arguments as in
+        `Flow.forward`. Who goes on from what it keeps must be solved on the same stream.
 
         What an utterance becomes depends on its neighbours by rounding at most.
 
         Raises:
             ValueError: one is longer than the noise.
         """
-        table = self._tables[steps]
-        ratio, ahead = self.config.token_mel_ratio, self.config.lookahead
-        ends = [ratio * (len(u.tokens) - (0 if u.final else ahead)) for u in utterances]
-        longest = max(ends)
-        if longest > noise.shape[0]:
-            raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
-        starts = [total(u.past) for u in utterances]
-        lengths = [end - start for end, start in zip(ends, starts, strict=True)]
-        half = _padded(sum(lengths))
-        tiles = _tiles(half, len(utterances))
-        blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
-        view = self._view(half, tiles, longest)
-        view.tiles.copy_(sent(kernels.tile_table(lengths, blocks, tiles), self.device))
-        lists = sent(_lists(utterances), self.device)  # which the steps read
-        view.pasts.copy_(sent(_past_table(utterances, lengths, tiles, lists.data_ptr()), self.device))
-        first = 0
-        view.clear()
-        for u, start, length in zip(utterances, starts, lengths, strict=True):
-            told = self._told(u.tokens, u.speaker)
-            view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
-            first += length
-        for row in table:
-            self._row.copy_(row)
-            self._launch(lambda: self._step(view), (half, tiles))
-        places = zip(view.x[: sum(lengths)].split(lengths), starts, utterances, strict=True)
-        return [x[len(u.prompt_mel) + u.sent - start :].T.clone() for x, start, u in places]
+        view, lengths = self._begin(utterances, noise, steps)
+        for _ in range(steps):
+            self._launch(lambda: self._step(view), (len(view.x), len(view.tiles)))
+        found = zip(view.x[: sum(lengths)].split(lengths), utterances, strict=True)
+        return [x[len(u.prompt_mel) + u.sent - u.past_frames :].T.clone() for x, u in found]
 
     def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Segment:
         """What later calls need of a prompt's frames, which are whole blocks; arguments as in `Flow.forward`.
@@ -174,50 +157,83 @@ class FusedFlow:
         if self._stream is None:
             return
         most = 2 * _padded(frames)
-        self._view(most, _tiles(most, MANY_BESIDE), self.config.noise_frames)
-        for count in range(TOKENS, MANY + 1, TOKENS):
-            self._told(torch.zeros(count, dtype=torch.int64), torch.ones(self.config.speaker_dim))
-        for half in sorted({_padded(length) for length in range(1, frames + 1)}):
-            for utterances in (1, MANY_BESIDE):
-                tiles = _tiles(half, utterances)
-                view = self._view(half, tiles, half)
-                view.tiles.zero_()
-                view.pasts.zero_()
-                view.clear()
-                self._row.zero_()
-                self._launch(partial(self._step, view), (half, tiles))
+        room = self._reserve(most, _tiles(most, MANY_BESIDE), self.config.noise_frames, MANY_BESIDE)
+        for utterances in (1, MANY_BESIDE):
+            for count in range(TOKENS, MANY + 1, TOKENS):
+                self._told(room, count, utterances)
+            for half in sorted({_padded(length) for length in range(1, frames + 1)}):
+                view = room.view(half, _tiles(half, utterances))
+                room.sheet.memory.zero_()
+                self._launch(partial(self._step, view), (half, len(view.tiles)))
 
-    def _view(self, half: int, tiles: int, positions: int) -> View:
+    def _begin(self, utterances: Sequence[Utterance], noise: Tensor, steps: int) -> tuple[View, list[int]]:
+        """All that comes before the first step, and how many frames each utterance has in the view."""
+        c = self.config
+        ends = [c.token_mel_ratio * (len(u.tokens) - (0 if u.final else c.lookahead)) for u in utterances]
+        if max(ends) > noise.shape[0]:
+            raise ValueError(f"{max(ends)} frames asked for, the fixed noise covers {noise.shape[0]}")
+        lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
+        half, beside = _padded(sum(lengths)), _beside(len(utterances))
+        room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
+        view = room.view(half, _tiles(half, len(utterances)))
+        prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
+        sheet = room.sizes.sheet(sum(map(len, prompts)), torch.device("cpu"))
+        sheet.now[0] = self._firsts[steps]
+        sheet.tokens.fill_(-1)
+        tile = token = prompt = 0
+        for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
+            own = u.past_frames // c.token_mel_ratio
+            tokens = u.tokens[max(own - BESIDE_ITS_OWN, 0) :]
+            sheet.tokens[token : token + len(tokens)] = tokens
+            sheet.speakers[index] = u.speaker
+            sheet.prompts[prompt : prompt + len(mel)] = mel
+            of_it = slice(tile, tile + -(-length // kernels.TILE))
+            begins = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt
+            sheet.entries[of_it] = torch.tensor([*begins, len(mel), index], dtype=torch.int32)
+            listed = [len(u.past), *(number for s in u.past for number in (s.frames, s.memory.data_ptr()))]
+            sheet.lists[index, : len(listed)] = torch.tensor(listed)
+            there = room.sheet.lists[index].data_ptr() if u.past else 0
+            into = u.into.memory.data_ptr() if u.into is not None else 0
+            sheet.pasts[of_it] = torch.tensor([u.past_frames, there, into])
+            tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
+        blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
+        sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
+        send(sheet.memory, room.sheet.memory[: len(sheet.memory)])
+        self._told(room, padded_tokens(token - c.lookahead), beside)
+        kernels.enter(
+            view.x, view.given, noise, room.encoded, room.voices, room.sheet.prompts,
+            view.tiles, room.sheet.entries, ratio=c.token_mel_ratio,
+        )  # fmt: skip
+        return view, lengths
+
+    def _reserve(self, half: int, tiles: int, positions: int, utterances: int) -> Room:
         room = self._room
-        if room is None or half > room.half or tiles > room.tiles or positions > room.positions:
+        asked = (half, tiles, positions, utterances)
+        there = (room.half, room.tiles, room.positions, room.utterances) if room else (0, 0, 0, 0)
+        if room is None or any(a > b for a, b in zip(asked, there, strict=True)):
             self._forget(len(self._graphs))  # they hold addresses
-            frames = max(-(-half // ROOM) * ROOM, room.half if room else 0)
-            count = max(2 * frames // kernels.TILE, tiles, room.tiles if room else 0)
-            places = max(frames, -(-positions // ROOM) * ROOM, room.positions if room else 0)
+            frames = max(-(-half // ROOM) * ROOM, there[0])
+            count = max(2 * frames // kernels.TILE, tiles, there[1])
+            places = max(frames, -(-positions // ROOM) * ROOM, there[2])
+            most = max(utterances, there[3])
             self._room = room = None  # freed before its successor is allocated
-            self._room = room = Room(self.config, frames, count, places, self._frequencies, self.dtype)
-        return room.view(half, tiles)
+            self._room = room = Room(self.config, frames, count, places, most, self._frequencies, self.dtype)
+        return room
 
-    def _told(self, tokens: Tensor, speaker: Tensor) -> Told:
-        """What the front makes of an utterance; valid until the next one's."""
-        assert self._room is not None
-        count = -(-len(tokens) // TOKENS) * TOKENS
-        told = self._room.told(count)
-        told.tokens[: len(tokens)] = tokens
-        told.tokens[len(tokens) :] = -1
-        told.speaker.copy_(speaker)
+    def _told(self, room: Room, count: int, utterances: int) -> None:
+        """What the estimator is told of all tokens and speakers."""
+        work = partial(self._encode, room, count, utterances)
         if count > MANY:
-            self._encode(told)
+            work()
         else:
-            self._launch(lambda: self._encode(told), ("front", count))
-        return told
+            self._launch(work, ("front", count, utterances))
 
-    def _encode(self, told: Told) -> None:
-        front, there = self._front, (told.tokens >= 0)[:, None]
-        embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
-        encoded = look_ahead(front.token_encoder, embedded)  # zeros follow the last token, one way or the other
-        told.encoded.copy_(encoded.repeat_interleave(self.config.token_mel_ratio, dim=0))
-        told.voice.copy_(front.voice(told.speaker))
+    def _encode(self, room: Room, count: int, utterances: int) -> None:
+        front, tokens = self._front, room.sheet.tokens[:count]
+        there = (tokens >= 0)[:, None]
+        embedded = front.token_embedding(tokens.clamp(min=0)).float() * there
+        room.encoded[:count] = look_ahead(front.token_encoder, embedded, there)
+        room.voices[:utterances] = front.voice(room.sheet.speakers[:utterances])
 
     def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
         """Do it, as a graph if it was done before."""
@@ -254,12 +270,13 @@ class FusedFlow:
             del self._graphs[key]
 
     def _step(self, v: View) -> None:
-        """x moves by one step of the timestep in `_row`."""
+        """x moves by one step, of the timestep whose turn it is."""
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
-        last_scale, last_shift, dt, step = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1, 1])
-        pasts = kernels.Pasts(v.pasts, step, tail_numbers(c), frame_numbers(c))
+        last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
         (first, first_bias), (second, second_bias) = self._convolutions
+        kernels.begin_step(v.now, self._table, self._row)
+        pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
         kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
         kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
@@ -285,7 +302,7 @@ class FusedFlow:
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
             kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
-        kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
+        kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 
 
 def _padded(frames: int) -> int:
@@ -294,28 +311,14 @@ def _padded(frames: int) -> int:
     return -(-frames // step) * step
 
 
+def _beside(utterances: int) -> int:
+    """Numbers of utterances that share graphs."""
+    return 1 if utterances == 1 else max(MANY_BESIDE, 1 << (utterances - 1).bit_length())
+
+
 def _tiles(half: int, utterances: int) -> int:
     """At least as many as so many utterances have, the last of each perhaps not full."""
-    spare = 1 if utterances == 1 else max(MANY_BESIDE, 1 << (utterances - 1).bit_length())
-    return half // kernels.TILE + spare
-
-
-def _lists(utterances: Sequence[Utterance]) -> Tensor:
-    """The segments of each, as `kernels.dit` has them, one list after the other; int64 on the host."""
-    listed = ([len(u.past), *(n for s in u.past for n in (s.frames, s.memory.data_ptr()))] for u in utterances)
-    return torch.tensor([number for numbers in listed for number in numbers], dtype=torch.int64)
-
-
-def _past_table(utterances: Sequence[Utterance], lengths: Sequence[int], tiles: int, lists: int) -> Tensor:
-    """`kernels.dit`'s, [tiles, 3] int64 on the host; `lists` is where the lists of segments are on the device."""
-    table = torch.zeros(tiles, 3, dtype=torch.int64)
-    first = 0
-    for u, length in zip(utterances, lengths, strict=True):
-        last = first + -(-length // kernels.TILE)
-        into = u.into.memory.data_ptr() if u.into is not None else 0
-        table[first:last] = torch.tensor([total(u.past), lists if u.past else 0, into])
-        first, lists = last, lists + 8 * (1 + 2 * len(u.past))
-    return table
+    return half // kernels.TILE + _beside(utterances)
 
 
 def _input(v: View, weight: Tensor | Codes) -> Tensor | tuple[Tensor, Tensor]:
