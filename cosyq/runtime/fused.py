@@ -76,11 +76,11 @@ class FusedEngine(TorchEngine):
         c, voice = self.config.flow, chunk.voice
         prompt = self._prompt(chunk) if chunk.streaming else None  # asked for each time, so that it stays
         past = chunk.state.segments or ((prompt,) if prompt is not None else ())
+        end = c.token_mel_ratio * (len(voice.prompt_tokens) + len(chunk.tokens) - c.lookahead)
+        frames, whole = end - total(past), chunk.streaming and not chunk.final and end % c.chunk_frames == 0
         into = None
-        if chunk.streaming and not chunk.final:  # and so it ends where a block does
-            frames = c.token_mel_ratio * (len(voice.prompt_tokens) + len(chunk.tokens) - c.lookahead) - total(past)
-            if frames >= c.conv_kernel and len(past) < SEGMENTS:
-                into = self._pasts.segment(self._size(frames, chunk), lambda: self._solver.segment(frames, chunk.steps))
+        if whole and frames >= c.conv_kernel and len(past) < SEGMENTS:
+            into = self._pasts.segment(self._size(frames, chunk), lambda: self._solver.segment(frames, chunk.steps))
         return Utterance(
             chunk.ids, voice.speaker, voice.prompt_mel, chunk.streaming, chunk.final, past, into, chunk.sent
         )
