@@ -11,6 +11,7 @@ from torch import Tensor
 from cosyq.model.config import FlowConfig
 
 TOKENS = 32  # what their number is rounded up to, before the first step
+SEGMENTS = 32  # at most, that an utterance goes on from
 BESIDE_ITS_OWN = 2  # tokens before those of an utterance's frames that matter to them
 
 
@@ -35,7 +36,6 @@ class View:
     rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
     tiles: Tensor
     pasts: Tensor
-    all_pasts: Tensor  # of every step
     now: Tensor
 
 
@@ -45,7 +45,8 @@ class Sheet:
 
     memory: Tensor  # [n] int32; the rest are views of it
     now: Tensor  # [2] int64, and the others as `kernels.dit` has them
-    pasts: Tensor  # [steps, tiles, 2] int64
+    pasts: Tensor  # [tiles, 3] int64
+    lists: Tensor  # [utterances, numbers] int64
     tiles: Tensor  # [tiles, 4] int32
     entries: Tensor  # [tiles, 5] int32
     tokens: Tensor  # [tokens] int32, -1 where there is none
@@ -57,7 +58,6 @@ class Sheet:
 class Sizes:
     """How much there can be in a sheet. Two sheets differ in their prompts' frames only, which come last."""
 
-    steps: int
     tiles: int
     tokens: int
     utterances: int
@@ -68,7 +68,8 @@ class Sizes:
         """Of zeros."""
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((2,), torch.int64),
-            ((self.steps, self.tiles, 2), torch.int64),
+            ((self.tiles, 3), torch.int64),
+            ((self.utterances, 1 + 2 * SEGMENTS), torch.int64),
             ((self.tiles, 4), torch.int32),
             ((self.tiles, 5), torch.int32),
             ((self.tokens,), torch.int32),
@@ -84,11 +85,11 @@ class Sizes:
 class Room:
     """The memory of activations for up to `half` frames, all utterances together, none beyond `positions`.
 
-    utterances: at most so many, in at most `tiles`. steps: at most so many.
+    utterances: at most so many, in at most `tiles`.
     """
 
     def __init__(
-        self, config: FlowConfig, half: int, tiles: int, positions: int, utterances: int, steps: int,
+        self, config: FlowConfig, half: int, tiles: int, positions: int, utterances: int,
         frequencies: Tensor, dtype: torch.dtype,
     ):  # fmt: skip
         self.half, self.tiles, self.positions, self.utterances, self.config = half, tiles, positions, utterances, config
@@ -108,9 +109,8 @@ class Room:
         self._codes = torch.zeros(2 * half, c.dim, dtype=torch.int8, device=device)
         self._steps = torch.zeros(2 * half, device=device)
         self._x = torch.zeros(half, c.mel_dim, device=device)
-        self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
         tokens = padded_tokens(half // c.token_mel_ratio + utterances * (BESIDE_ITS_OWN + 2 * c.lookahead))
-        self.sizes = Sizes(steps, tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
+        self.sizes = Sizes(tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
         self.sheet = self.sizes.sheet(half, device)
         self.encoded = torch.zeros(tokens, c.token_dim, device=device)
         self.voices = torch.zeros(utterances, c.mel_dim, device=device)
@@ -137,7 +137,6 @@ class Room:
             velocity=part("velocity", c.mel_dim),
             rope=self._rope,
             tiles=self.sheet.tiles[:tiles],
-            pasts=self._pasts[:tiles],
-            all_pasts=self.sheet.pasts,
+            pasts=self.sheet.pasts[:tiles],
             now=self.sheet.now,
         )

@@ -24,7 +24,7 @@ from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
-from cosyq.runtime.flow_past import Past, tail_numbers
+from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
 from cosyq.runtime.flow_room import BESIDE_ITS_OWN, TOKENS, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
@@ -36,23 +36,29 @@ MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
-_Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What `Flow.forward` asks for; tensors on the host. `past` is of its prompt's begin, if that was kept."""
+    """What `Flow.forward` asks for; tensors on the host.
+
+    past: what is kept of its first frames, the prompt's included; at most `SEGMENTS`.
+    into: what is to be kept of the others.
+    sent: frames behind the prompt's that are not asked for any more; `past` has none but those.
+    """
 
     tokens: Tensor
     speaker: Tensor
     prompt_mel: Tensor
     streaming: bool
     final: bool
-    past: Past | None = None
+    past: tuple[Segment, ...] = ()
+    into: Segment | None = None
+    sent: int = 0
 
     @property
     def past_frames(self) -> int:
-        return 0 if self.past is None else self.past.frames
+        return total(self.past)
 
 
 class FusedFlow:
@@ -105,7 +111,8 @@ class FusedFlow:
 
     @torch.inference_mode()
     def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
-        """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
+        """The mel of each utterance after its prompt and what was sent, [mel, frames] float32; arguments as in
+        `Flow.forward`. Who goes on from what it keeps must be solved on the same stream.
 
         What an utterance becomes depends on its neighbours by rounding at most.
 
@@ -115,30 +122,21 @@ class FusedFlow:
         view, lengths = self._begin(utterances, noise, steps)
         for _ in range(steps):
             self._launch(lambda: self._step(view), (len(view.x), len(view.tiles)))
-        found = view.x[: sum(lengths)].split(lengths)
-        return [x[len(u.prompt_mel) - u.past_frames :].T.clone() for x, u in zip(found, utterances, strict=True)]
+        found = zip(view.x[: sum(lengths)].split(lengths), utterances, strict=True)
+        return [x[len(u.prompt_mel) + u.sent - u.past_frames :].T.clone() for x, u in found]
 
-    @torch.inference_mode()
-    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Past:
+    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Segment:
         """What later calls need of a prompt's frames, which are whole blocks; arguments as in `Flow.forward`.
 
         The last `lookahead` of the tokens are only looked at.
         """
-        alone = Utterance(tokens, speaker, prompt_mel, streaming=True, final=False)
-        view, (frames,) = self._begin([alone], noise, steps)
-        past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
-        now = Past.empty(self.config, frames, 1, dtype=self.dtype, device=self.device)
-        keep = now.tails(self.config, 0), now.keys_and_values(self.config, 0)
-        graph = None
-        for step in range(steps):
-            if graph is not None:
-                graph.replay()
-            elif self._stream is not None:
-                graph = self._do_and_capture(lambda: self._step(view, keep), self._stream)
-            else:
-                self._step(view, keep)
-            past.memory[step].copy_(now.memory[0])
-        return past
+        into = self.segment(len(prompt_mel), steps)
+        self.solve([Utterance(tokens, speaker, prompt_mel, True, False, into=into)], noise, steps=steps)
+        return into
+
+    def segment(self, frames: int, steps: int) -> Segment:
+        """For what is to be kept."""
+        return Segment.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
 
     def unpack(self, room: int) -> int:
         """Unpack the weights for good, if they fit `room` bytes; returns the bytes taken. The mel is the same."""
@@ -192,10 +190,11 @@ class FusedFlow:
             of_it = slice(tile, tile + -(-length // kernels.TILE))
             begins = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt
             sheet.entries[of_it] = torch.tensor([*begins, len(mel), index], dtype=torch.int32)
-            if u.past is not None:
-                addresses = [u.past.address(step) for step in range(steps)]
-                sheet.pasts[:steps, of_it, 0] = u.past.frames
-                sheet.pasts[:steps, of_it, 1] = torch.tensor(addresses)[:, None]
+            listed = [len(u.past), *(number for s in u.past for number in (s.frames, s.memory.data_ptr()))]
+            sheet.lists[index, : len(listed)] = torch.tensor(listed)
+            there = room.sheet.lists[index].data_ptr() if u.past else 0
+            into = u.into.memory.data_ptr() if u.into is not None else 0
+            sheet.pasts[of_it] = torch.tensor([u.past_frames, there, into])
             tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
@@ -218,9 +217,7 @@ class FusedFlow:
             places = max(frames, -(-positions // ROOM) * ROOM, there[2])
             most = max(utterances, there[3])
             self._room = room = None  # freed before its successor is allocated
-            self._room = room = Room(
-                self.config, frames, count, places, most, max(self._firsts), self._frequencies, self.dtype
-            )
+            self._room = room = Room(self.config, frames, count, places, most, self._frequencies, self.dtype)
         return room
 
     def _told(self, room: Room, count: int, utterances: int) -> None:
@@ -272,23 +269,17 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: View, keep: _Keep | None = None) -> None:
-        """x moves by one step, of the timestep whose turn it is.
-
-        keep: of a sequence that is alone.
-        """
+    def _step(self, v: View) -> None:
+        """x moves by one step, of the timestep whose turn it is."""
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
         (first, first_bias), (second, second_bias) = self._convolutions
-        kernels.begin_step(v.now, self._table, self._row, v.all_pasts, v.pasts)
+        kernels.begin_step(v.now, self._table, self._row)
+        pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.pasts, v.normed, which=0)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.pasts, v.residual, which=1)
-        if keep is not None:
-            tails, frames = keep[0], keep[1].shape[2]
-            for tail, read in zip(tails, (v.change, v.normed), strict=True):
-                tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
@@ -297,10 +288,8 @@ class FusedFlow:
                 times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv)
             else:
                 _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
-            if keep is not None:
-                keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
-            kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
+            kernels.rotate(v.qkv, v.rope, v.tiles, pasts)
+            kernels.attend(v.qkv, v.tiles, pasts, v.context, layer=index, heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
@@ -330,11 +319,6 @@ def _beside(utterances: int) -> int:
 def _tiles(half: int, utterances: int) -> int:
     """At least as many as so many utterances have, the last of each perhaps not full."""
     return half // kernels.TILE + _beside(utterances)
-
-
-def _branches(rows: Tensor, frames: int) -> Tensor:
-    """The first frames of each half of rows [n, width], [2, frames, width]."""
-    return rows.view(2, -1, rows.shape[1])[:, :frames]
 
 
 def _input(v: View, weight: Tensor | Codes) -> Tensor | tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ from cosyq.runtime.transfer import Mark
 
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
-SPARE = 0.1  # of it, for what an engine makes ready
+SPARE = 0.2  # of it, for what an engine makes ready and keeps
 IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
 IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
@@ -462,6 +462,8 @@ class InFlight:
             self._active.remove(flight)
         if not self._closed:
             self._leave(flight)
+        for line in list(flight.lines):
+            line.rendering.forget()
         flight.listener.end(error)
         if self._closed:
             flight.sounding = 0

@@ -14,6 +14,7 @@ import cosyq
 from cosyq.errors import CosyqError, DeviceError, UsageError
 from cosyq.runtime import inflight, transfer
 from cosyq.runtime.flight import GoneError
+from cosyq.runtime.flow_past import Segment
 from cosyq.runtime.inflight import InFlight, rows_for
 
 TEXT = "hello world, the quick brown fox jumps"
@@ -208,6 +209,30 @@ def test_who_leaves_is_let_go_of_when_what_was_launched_is_over(late, monkeypatc
     assert not ear.chunks
     monkeypatch.setattr(LateMark, "seconds", 0.0)
     assert submit(batch).over.wait(20)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_a_flow_keeps_of_an_utterance_goes_with_it(batch, engine, leaves):
+    """Though others still know of it."""
+    kept, mels = [], engine.mels
+
+    def keeping(chunks, *, between):
+        for chunk in chunks:
+            assert chunk.sent == 0 or chunk.state.segments
+            chunk.state.segments += (Segment(1, torch.zeros(1, 1)),)
+            kept.append(chunk.state)
+        return mels(chunks, between=between)
+
+    engine.mels, ear = keeping, submit(batch)
+    if leaves:
+        deadline = time.monotonic() + 10
+        while not kept:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        ear.cancel()
+    assert ear.over.wait(20)
+    assert len({id(state) for state in kept}) == 1
+    assert not kept[0].segments
 
 
 def test_no_more_at_once_than_rows_and_the_others_in_order(batch, engine):
