@@ -44,7 +44,7 @@ class Sheet:
     """All that a call says, in one piece of memory, so that it is sent to the device as one."""
 
     memory: Tensor  # [n] int32; the rest are views of it
-    now: Tensor  # [2] int64, and the others as `kernels.dit` has them
+    now: Tensor  # [4] int64, the last unused, and the others as `kernels.dit` has them
     pasts: Tensor  # [tiles, 3] int64
     lists: Tensor  # [utterances, numbers] int64
     tiles: Tensor  # [tiles, 4] int32
@@ -67,7 +67,7 @@ class Sizes:
     def sheet(self, frames: int, device: torch.device) -> Sheet:
         """Of zeros."""
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
-            ((2,), torch.int64),
+            ((4,), torch.int64),
             ((self.tiles, 3), torch.int64),
             ((self.utterances, 1 + 2 * SEGMENTS), torch.int64),
             ((self.tiles, 4), torch.int32),
@@ -106,14 +106,13 @@ class Room:
             name: torch.zeros(2 * half * width, dtype=torch.float32 if name == "residual" else dtype, device=device)
             for name, width in self._widths.items()
         }
+        self.given = self._memory["given"]  # as a view has it, whose rows lie there from its begin
         self._codes = torch.zeros(2 * half, c.dim, dtype=torch.int8, device=device)
         self._steps = torch.zeros(2 * half, device=device)
-        self._x = torch.zeros(half, c.mel_dim, device=device)
+        self.x = torch.zeros(half, c.mel_dim, device=device)
         tokens = padded_tokens(half // c.token_mel_ratio + utterances * (BESIDE_ITS_OWN + 2 * c.lookahead))
         self.sizes = Sizes(tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
         self.sheet = self.sizes.sheet(half, device)
-        self.encoded = torch.zeros(tokens, c.token_dim, device=device)
-        self.voices = torch.zeros(utterances, c.mel_dim, device=device)
         angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
 
@@ -125,7 +124,7 @@ class Room:
             return self._memory[name][rows * first : rows * (first + width)].view(rows, width)
 
         return View(
-            x=self._x[:half],
+            x=self.x[:half],
             given=part("given", self._widths["given"]),
             residual=part("residual", c.dim),
             normed=part("normed", c.dim),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches 
 FINE = 768  # beyond so many, twice that
 MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
-GRAPHS = 128  # kept at most
+PARTS = (1 / 11, 4 / 11)  # of a step's blocks, where a graph ends: the host takes a third of the device's time for each
+GRAPHS = 256  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
 
 
@@ -87,6 +88,7 @@ class FusedFlow:
         for index in range(self.config.depth):  # one by one, so that only one is there twice
             self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch, coded=coded))
             estimator.blocks[index] = nn.Identity()
+        self._parts = _parts(self.config.depth)
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
         self._room: Room | None = None
@@ -121,7 +123,7 @@ class FusedFlow:
         """
         view, lengths = self._begin(utterances, noise, steps)
         for _ in range(steps):
-            self._launch(lambda: self._step(view), (len(view.x), len(view.tiles)))
+            self._launch_step(view)
         found = zip(view.x[: sum(lengths)].split(lengths), utterances, strict=True)
         return [x[len(u.prompt_mel) + u.sent - u.past_frames :].T.clone() for x, u in found]
 
@@ -149,7 +151,7 @@ class FusedFlow:
         return size
 
     @torch.inference_mode()
-    def prepare(self, frames: int) -> None:
+    def prepare(self, frames: int, noise: Tensor) -> None:
         """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
 
         There is room for longer ones, which would move what was captured, up to twice that.
@@ -160,11 +162,11 @@ class FusedFlow:
         room = self._reserve(most, _tiles(most, MANY_BESIDE), self.config.noise_frames, MANY_BESIDE)
         for utterances in (1, MANY_BESIDE):
             for count in range(TOKENS, MANY + 1, TOKENS):
-                self._told(room, count, utterances)
+                self._tell(room, count, utterances, noise)
             for half in sorted({_padded(length) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
                 room.sheet.memory.zero_()
-                self._launch(partial(self._step, view), (half, len(view.tiles)))
+                self._launch_step(view)
 
     def _begin(self, utterances: Sequence[Utterance], noise: Tensor, steps: int) -> tuple[View, list[int]]:
         """All that comes before the first step, and how many frames each utterance has in the view."""
@@ -178,7 +180,7 @@ class FusedFlow:
         view = room.view(half, _tiles(half, len(utterances)))
         prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
         sheet = room.sizes.sheet(sum(map(len, prompts)), torch.device("cpu"))
-        sheet.now[0] = self._firsts[steps]
+        sheet.now[0], sheet.now[2] = self._firsts[steps], half
         sheet.tokens.fill_(-1)
         tile = token = prompt = 0
         for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
@@ -199,11 +201,7 @@ class FusedFlow:
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
         send(sheet.memory, room.sheet.memory[: len(sheet.memory)])
-        self._told(room, padded_tokens(token - c.lookahead), beside)
-        kernels.enter(
-            view.x, view.given, noise, room.encoded, room.voices, room.sheet.prompts,
-            view.tiles, room.sheet.entries, ratio=c.token_mel_ratio,
-        )  # fmt: skip
+        self._tell(room, padded_tokens(token - c.lookahead), beside, noise)
         return view, lengths
 
     def _reserve(self, half: int, tiles: int, positions: int, utterances: int) -> Room:
@@ -220,20 +218,29 @@ class FusedFlow:
             self._room = room = Room(self.config, frames, count, places, most, self._frequencies, self.dtype)
         return room
 
-    def _told(self, room: Room, count: int, utterances: int) -> None:
-        """What the estimator is told of all tokens and speakers."""
-        work = partial(self._encode, room, count, utterances)
+    def _tell(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
+        """What the estimator is given, of all utterances: as many tokens at most, and what is in the sheet."""
+        work = partial(self._enter, room, count, utterances, noise)
         if count > MANY:
             work()
         else:
-            self._launch(work, ("front", count, utterances))
+            self._launch(work, ("enter", count, utterances, noise.data_ptr()))
 
-    def _encode(self, room: Room, count: int, utterances: int) -> None:
-        front, tokens = self._front, room.sheet.tokens[:count]
+    def _enter(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
+        front, sheet, ratio = self._front, room.sheet, self.config.token_mel_ratio
+        tokens = sheet.tokens[:count]
         there = (tokens >= 0)[:, None]
         embedded = front.token_embedding(tokens.clamp(min=0)).float() * there
-        room.encoded[:count] = look_ahead(front.token_encoder, embedded, there)
-        room.voices[:utterances] = front.voice(room.sheet.speakers[:utterances])
+        encoded = look_ahead(front.token_encoder, embedded, there)
+        voices = front.voice(sheet.speakers[:utterances])
+        tiles = sheet.tiles[: ratio * count // kernels.TILE + 1 + utterances]
+        kernels.enter(
+            room.x, room.given, noise, encoded, voices, sheet.prompts, tiles, sheet.entries, sheet.now, ratio=ratio
+        )
+
+    def _launch_step(self, view: View) -> None:
+        for part in self._parts:
+            self._launch(partial(self._step, view, part), (len(view.x), len(view.tiles), part.start))
 
     def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
         """Do it, as a graph if it was done before."""
@@ -269,19 +276,16 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: View) -> None:
-        """x moves by one step, of the timestep whose turn it is."""
+    def _step(self, v: View, part: range) -> None:
+        """x moves by one step, of the timestep whose turn it is; of that the part that some of the blocks are."""
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
-        (first, first_bias), (second, second_bias) = self._convolutions
-        kernels.begin_step(v.now, self._table, self._row)
         pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
-        _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
-        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
-        for index, block in enumerate(blocks):
+        if not part.start:
+            self._begin_step(v, pasts, rows)
+        for index in part:
+            block = blocks[index]
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
             if isinstance(block.qkv, Codes):
@@ -301,14 +305,29 @@ class FusedFlow:
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
             kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
-        _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
-        kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
+        if part.stop == c.depth:
+            _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
+            kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
+
+    def _begin_step(self, v: View, pasts: kernels.Pasts, rows: Tensor) -> None:
+        (first, first_bias), (second, second_bias) = self._convolutions
+        kernels.begin_step(v.now, self._table, self._row)
+        _product(v.given, self._entry.weight, self._entry.bias, v.change)
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
+        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, self._blocks[0].qkv), NORM_EPS)
 
 
 def _padded(frames: int) -> int:
     """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
     step = BUCKET if frames <= FINE else 2 * BUCKET
     return -(-frames // step) * step
+
+
+def _parts(depth: int) -> list[range]:
+    """A step's blocks, as they are launched: the first few while nothing runs, more while those do."""
+    starts = sorted({0, *(int(depth * start) for start in PARTS)})
+    return [range(start, stop) for start, stop in pairwise([*starts, depth])]
 
 
 def _beside(utterances: int) -> int:
