@@ -9,9 +9,9 @@ Rows after the last sequence of a half hold anything, and nothing that is read d
 A sequence may go on from frames that are not there any more, and leave its own to what will go on from it. What is kept
 of frames that follow each other is a segment, of the type of the rows: at each step, one after another, the last rows
 that each convolution read [2, branches, taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads *
-d]. `Pasts.table`, int64 [n, 3], says of every tile how many frames came before its sequence, where the list of their
-segments is (their number, at least 1, then frames and address of each), and the address of a segment for all of its
-sequence's rows; 0 is none. A sequence's rows see all that came before it.
+d]. `Pasts.table`, int64 [n, 4], says of every tile how many frames came before its sequence, in how many segments,
+where the list of these is (frames and address of each), and the address of one for its sequence's own rows, or 0. A
+sequence's rows see all that came before it.
 
 What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [3], is
 the step's row of the modulation table, and its number, which `guide` counts on; and how many rows a half has.
@@ -59,7 +59,7 @@ def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Ten
 class Pasts:
     """What sequences go on from, and leave, at one of the steps.
 
-    table: int64 [tiles, 3], see above.
+    table: int64 [tiles, 4], see above.
     now: as above.
     tails, frame: how many numbers of a step a segment has of what was convolved, and of each frame's keys and values.
     """
@@ -207,7 +207,7 @@ def _rotate(
     index = tl.program_id(0) // part
     tile = tiles + index * 4
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    start -= tl.load(pasts + index * 3).to(tl.int32)
+    start -= tl.load(pasts + index * 4).to(tl.int32)
     branch = tl.program_id(2).to(tl.int64) * half
     rows = (first + tl.program_id(0) % part * ROWS + tl.arange(0, ROWS))[:, None]
     live = rows < end
@@ -324,23 +324,21 @@ def _attend(
         whole = start + (shared - start) // KEYS * KEYS
         wide: tl.constexpr = 2 * HEADS * D
         mine = (layer * 2 + tl.program_id(2)).to(tl.int64) * wide  # for each frame of a segment
-        step = tl.load(now + 1)
-        into = tl.load(pasts + tl.program_id(0) * 3 + 2)
+        step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
+        into = tl.load(past + 3)
         if into != 0:
             kept = _segment(into, end - start, step, KEPT, TAILS, qkv.dtype.element_ty)
             kept += TAILS + mine * (end - start) + head * D + channel[None, :] + (rows - start)[:, None] * wide
             own = rows[:, None] * stride + channel[None, :]
             tl.store(kept, tl.load(keys + own, mask=live), mask=live)
             tl.store(kept + HEADS * D, tl.load(values + own, mask=live), mask=live)
-        listed = tl.load(pasts + tl.program_id(0) * 3 + 1)
-        segments = listed.to(tl.pointer_type(tl.int64))
-        count = tl.load(segments, mask=listed != 0, other=0)
+        segments, count = tl.load(past + 2).to(tl.pointer_type(tl.int64)), tl.load(past + 1).to(tl.int32)
         # Softmax is the same whatever is taken from all scores; the highest of the first keys keeps most in range.
         shift = tl.max(_scores(q, keys, start, limit, stop, stride, True, D, KEYS), 1) * scale
         state = (tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, 8], tl.float32))
         for index in range(0, count):
-            frames = tl.load(segments + 1 + 2 * index).to(tl.int32)
-            k = _segment(tl.load(segments + 2 + 2 * index), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
+            frames = tl.load(segments + 2 * index).to(tl.int32)
+            k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
             k += TAILS + mine * frames + head * D
             v, all_of_it, groups = k + HEADS * D, tl.zeros([TILE], tl.int32) + frames, frames // KEYS * KEYS
             state = _attend_keys(q, k, v, state, shift, all_of_it, 0, groups, wide, scale, False, D, KEYS)
@@ -353,8 +351,8 @@ def _attend(
             lowest = tl.full([TILE], float("-inf"), tl.float32)
             far = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
             for index in range(0, count):
-                frames = tl.load(segments + 1 + 2 * index).to(tl.int32)
-                k = _segment(tl.load(segments + 2 + 2 * index), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
+                frames = tl.load(segments + 2 * index).to(tl.int32)
+                k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
                 k += TAILS + mine * frames + head * D
                 all_of_it = tl.zeros([TILE], tl.int32) + frames
                 far = _attend_far(q, k, k + HEADS * D, far, all_of_it, 0, frames, wide, scale, D, FEW)
@@ -403,17 +401,16 @@ def _conv_mish(
         matrix = weight + group * (TAPS * GROUP * GROUP) + channel[:, None] * GROUP + channel[None, :]
         acc = tl.zeros([TILE, GROUP], tl.float32)
         tail = (WHICH * 2 + tl.program_id(2)) * ((TAPS - 1) * DIM) + group * GROUP + channel[None, :]
-        step = tl.load(now + 1)
-        listed = tl.load(pasts + tl.program_id(0) * 3 + 1)
-        if (first == start) & (listed != 0):
-            segments = listed.to(tl.pointer_type(tl.int64))
-            newest = segments + 2 * tl.load(segments) - 1
+        step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
+        count = tl.load(past + 1)
+        if (first == start) & (count > 0):
+            newest = tl.load(past + 2).to(tl.pointer_type(tl.int64)) + 2 * (count - 1)
             kept = _segment(tl.load(newest + 1), tl.load(newest), step, KEPT, TAILS, x.dtype.element_ty) + tail
             for tap in range(TAPS - 1):
                 seen = tl.arange(0, TILE) + tap
                 a = tl.load(kept + seen[:, None] * DIM, mask=(seen < TAPS - 1)[:, None], other=0.0)
                 acc = tl.dot(a, tl.load(matrix + tap * (GROUP * GROUP)), acc)
-        into = tl.load(pasts + tl.program_id(0) * 3 + 2)
+        into = tl.load(past + 3)
         if into != 0:
             kept = _segment(into, end - start, step, KEPT, TAILS, x.dtype.element_ty) + tail
             place = rows - end + TAPS - 1

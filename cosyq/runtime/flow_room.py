@@ -45,8 +45,8 @@ class Sheet:
 
     memory: Tensor  # [n] int32; the rest are views of it
     now: Tensor  # [4] int64, the last unused, and the others as `kernels.dit` has them
-    pasts: Tensor  # [tiles, 3] int64
-    lists: Tensor  # [utterances, numbers] int64
+    pasts: Tensor  # [tiles, 4] int64
+    lists: Tensor  # [utterances, segments, 2] int64
     tiles: Tensor  # [tiles, 4] int32
     entries: Tensor  # [tiles, 5] int32
     tokens: Tensor  # [tokens] int32, -1 where there is none
@@ -68,8 +68,8 @@ class Sizes:
         """Of zeros."""
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((4,), torch.int64),
-            ((self.tiles, 3), torch.int64),
-            ((self.utterances, 1 + 2 * SEGMENTS), torch.int64),
+            ((self.tiles, 4), torch.int64),
+            ((self.utterances, SEGMENTS, 2), torch.int64),
             ((self.tiles, 4), torch.int32),
             ((self.tiles, 5), torch.int32),
             ((self.tokens,), torch.int32),

@@ -192,11 +192,11 @@ class FusedFlow:
             of_it = slice(tile, tile + -(-length // kernels.TILE))
             begins = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt
             sheet.entries[of_it] = torch.tensor([*begins, len(mel), index], dtype=torch.int32)
-            listed = [len(u.past), *(number for s in u.past for number in (s.frames, s.memory.data_ptr()))]
-            sheet.lists[index, : len(listed)] = torch.tensor(listed)
-            there = room.sheet.lists[index].data_ptr() if u.past else 0
+            for place, segment in enumerate(u.past):
+                sheet.lists[index, place] = torch.tensor([segment.frames, segment.memory.data_ptr()])
             into = u.into.memory.data_ptr() if u.into is not None else 0
-            sheet.pasts[of_it] = torch.tensor([u.past_frames, there, into])
+            listed = room.sheet.lists[index].data_ptr()
+            sheet.pasts[of_it] = torch.tensor([u.past_frames, len(u.past), listed, into])
             tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))

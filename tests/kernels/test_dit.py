@@ -31,7 +31,7 @@ def pasts(*rows, step=0, tails=0, frame=0):
 
 
 def no_past():
-    return pasts(*[(0, 0, 0)] * 5)
+    return pasts(*[(0, 0, 0, 0)] * 5)
 
 
 def sequences(x):
@@ -207,11 +207,10 @@ def test_rows_go_on_from_what_is_kept_and_leave_their_own():
     def run(first, count, segments, into=None):
         """All kernels over some frames, of each convolution and layer, behind another sequence of five."""
         half, found = 5 + count, []
-        listed = torch.tensor([len(segments), *(n for kept in segments for n in (kept[0], kept[1].data_ptr()))])
-        address = into.data_ptr() if into is not None else 0
-        mine = [first, listed.data_ptr() if segments else 0, address]
+        listed = torch.tensor([(frames, memory.data_ptr()) for frames, memory in segments], dtype=torch.int64)
+        mine = [first, len(segments), listed.data_ptr(), into.data_ptr() if into is not None else 0]
         table = dit.tile_table([5, count], [dit.EVERYWHERE, 10], 5)
-        past = pasts(*[[0, 0, 0] if t[1] == 0 else mine for t in table.tolist()], step=step, **sizes)
+        past = pasts(*[[0, 0, 0, 0] if t[1] == 0 else mine for t in table.tolist()], step=step, **sizes)
         for which, layer in ((0, 1), (1, 0)):
             x, qkv = torch.randn(2 * half, DIM), torch.randn(2 * half, 3 * DIM)
             x.view(2, half, -1)[:, 5:] = inputs[which, :, first : first + count]
