@@ -40,9 +40,7 @@ from cosyq.kernels.packed import INT8_STEP
 TILE = 64
 EVERYWHERE = 1 << 30
 KEYS = 64  # taken at a time by attention
-FEW = tl.constexpr(32)  # where it has to be careful
 NESTED_BLOCKSIZE = 256  # as `quantize.formats` has it
-FAR = tl.constexpr(2.0**64)  # weights that may soon leave float32
 LOG2_E = 1.4426950408889634
 
 
@@ -242,54 +240,30 @@ def _segment(address, frames, step, KEPT: tl.constexpr, TAILS: tl.constexpr, dty
 
 
 @triton.jit
-def _scores(
-    q, keys, first, limit, stop, stride: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr
-):
-    at = first + tl.arange(0, KEYS)
-    place = keys + at[None, :] * stride + tl.arange(0, D)[:, None]
-    if MASKED:
-        score = tl.dot(q, tl.load(place, mask=(at < stop)[None, :], other=0.0))
-        score = tl.where(at[None, :] < limit[:, None], score, float("-inf"))
-    else:
-        score = tl.dot(q, tl.load(place))
-    return score
-
-
-@triton.jit
 def _attend_keys(
-    q, keys, values, state, shift, limit, begin, stop, stride: tl.constexpr, scale,
+    q, keys, values, state, limit, begin, stop, stride: tl.constexpr, scale,
     MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Keys `begin` to `stop`; unless MASKED, whole groups of KEYS that every row sees."""
-    acc, total = state
-    for first in tl.range(begin, stop, KEYS, num_stages=1 if MASKED else 3):
-        p = tl.exp2(_scores(q, keys, first, limit, stop, stride, MASKED, D, KEYS) * scale - shift[:, None])
-        total += tl.sum(tl.reshape(p, [p.shape[0], KEYS // 8, 8]), 1)  # what one thread has
-        at = first + tl.arange(0, KEYS)
-        place = values + at[:, None] * stride + tl.arange(0, D)[None, :]
-        if MASKED:
-            v = tl.load(place, mask=(at < stop)[:, None], other=0.0)
-        else:
-            v = tl.load(place)
-        acc = tl.dot(p.to(v.dtype), v, acc)
-    return acc, total
-
-
-@triton.jit
-def _attend_far(
-    q, keys, values, state, limit, begin, stop, stride: tl.constexpr, scale, D: tl.constexpr, KEYS: tl.constexpr
-):
-    """The same however far scores are apart, by softmax as it goes along (arXiv 1805.02867); slower."""
     acc, most, total = state
-    for first in tl.range(begin, stop, KEYS, num_stages=1):
-        score = _scores(q, keys, first, limit, stop, stride, True, D, KEYS) * scale
-        highest = tl.maximum(most, tl.max(score, 1))
-        p = tl.exp2(score - highest[:, None])
+    channel = tl.arange(0, D)
+    for first in range(begin, stop, KEYS):
+        at = first + tl.arange(0, KEYS)
+        if MASKED:
+            k = tl.load(keys + at[None, :] * stride + channel[:, None], mask=(at < stop)[None, :], other=0.0)
+        else:
+            k = tl.load(keys + at[None, :] * stride + channel[:, None])
+        score = tl.dot(q, k)
+        if MASKED:
+            score = tl.where(at[None, :] < limit[:, None], score, float("-inf"))
+        highest = tl.maximum(most, tl.max(score, 1) * scale)
+        p = tl.exp2(score * scale - highest[:, None])
         fade = tl.exp2(most - highest)
         total = total * fade + tl.sum(p, 1)
-        at = first + tl.arange(0, KEYS)
-        place = values + at[:, None] * stride + tl.arange(0, D)[None, :]
-        v = tl.load(place, mask=(at < stop)[:, None], other=0.0)
+        if MASKED:
+            v = tl.load(values + at[:, None] * stride + channel[None, :], mask=(at < stop)[:, None], other=0.0)
+        else:
+            v = tl.load(values + at[:, None] * stride + channel[None, :])
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
         most = highest
     return acc, most, total
@@ -322,6 +296,8 @@ def _attend(
         last = tl.minimum(end, first + TILE) - 1
         stop = tl.minimum(end, start + ((last - start) // block + 1) * block)
         whole = start + (shared - start) // KEYS * KEYS
+        lowest = tl.full([TILE], float("-inf"), tl.float32)
+        state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
         wide: tl.constexpr = 2 * HEADS * D
         mine = (layer * 2 + tl.program_id(2)).to(tl.int64) * wide  # for each frame of a segment
         step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
@@ -332,32 +308,17 @@ def _attend(
             own = rows[:, None] * stride + channel[None, :]
             tl.store(kept, tl.load(keys + own, mask=live), mask=live)
             tl.store(kept + HEADS * D, tl.load(values + own, mask=live), mask=live)
-        segments, count = tl.load(past + 2).to(tl.pointer_type(tl.int64)), tl.load(past + 1).to(tl.int32)
-        # Softmax is the same whatever is taken from all scores; the highest of the first keys keeps most in range.
-        shift = tl.max(_scores(q, keys, start, limit, stop, stride, True, D, KEYS), 1) * scale
-        state = (tl.zeros([TILE, D], tl.float32), tl.zeros([TILE, 8], tl.float32))
-        for index in range(0, count):
+        segments = tl.load(past + 2).to(tl.pointer_type(tl.int64))
+        for index in range(0, tl.load(past + 1).to(tl.int32)):
             frames = tl.load(segments + 2 * index).to(tl.int32)
             k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
             k += TAILS + mine * frames + head * D
             v, all_of_it, groups = k + HEADS * D, tl.zeros([TILE], tl.int32) + frames, frames // KEYS * KEYS
-            state = _attend_keys(q, k, v, state, shift, all_of_it, 0, groups, wide, scale, False, D, KEYS)
-            state = _attend_keys(q, k, v, state, shift, all_of_it, groups, frames, wide, scale, True, D, KEYS)
-        state = _attend_keys(q, keys, values, state, shift, limit, start, whole, stride, scale, False, D, KEYS)
-        state = _attend_keys(q, keys, values, state, shift, limit, whole, stop, stride, scale, True, D, KEYS)
-        acc, parts = state
-        total = tl.sum(parts, 1)
-        if tl.max(total) > FAR:
-            lowest = tl.full([TILE], float("-inf"), tl.float32)
-            far = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
-            for index in range(0, count):
-                frames = tl.load(segments + 2 * index).to(tl.int32)
-                k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
-                k += TAILS + mine * frames + head * D
-                all_of_it = tl.zeros([TILE], tl.int32) + frames
-                far = _attend_far(q, k, k + HEADS * D, far, all_of_it, 0, frames, wide, scale, D, FEW)
-            far = _attend_far(q, keys, values, far, limit, start, stop, stride, scale, D, FEW)
-            acc, _, total = far
+            state = _attend_keys(q, k, v, state, all_of_it, 0, groups, wide, scale, False, D, KEYS)
+            state = _attend_keys(q, k, v, state, all_of_it, groups, frames, wide, scale, True, D, KEYS)
+        state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
+        state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
+        acc, _, total = state
         target = out + (branch + rows[:, None]) * (HEADS * D) + head * D + channel[None, :]
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from math import prod
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cosyq.model.config import FlowConfig
+from cosyq.runtime.transfer import Mark
 
 TOKENS = 32  # what their number is rounded up to, before the first step
 SEGMENTS = 32  # at most, that an utterance goes on from
@@ -64,7 +66,7 @@ class Sizes:
     speaker: int
     mel: int
 
-    def sheet(self, frames: int, device: torch.device) -> Sheet:
+    def sheet(self, frames: int, device: torch.device, *, pinned: bool = False) -> Sheet:
         """Of zeros."""
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
             ((4,), torch.int64),
@@ -77,7 +79,7 @@ class Sizes:
             ((frames, self.mel), torch.float32),
         ]
         counts = [prod(shape) * dtype.itemsize // 4 for shape, dtype in shapes]
-        memory = torch.zeros(sum(counts), dtype=torch.int32, device=device)
+        memory = torch.zeros(sum(counts), dtype=torch.int32, device=device, pin_memory=pinned)
         parts = zip(memory.split(counts), shapes, strict=True)
         return Sheet(memory, *(part.view(dtype).view(shape) for part, (shape, dtype) in parts))
 
@@ -113,8 +115,26 @@ class Room:
         tokens = padded_tokens(half // c.token_mel_ratio + utterances * (BESIDE_ITS_OWN + 2 * c.lookahead))
         self.sizes = Sizes(tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
         self.sheet = self.sizes.sheet(half, device)
+        # On the host; what one said is sent when its mark is passed.
+        self._blanks: deque[tuple[Sheet, Mark]] = deque()
         angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
+
+    def blank(self) -> Sheet:
+        """To be written on the host, and then sent; of no tokens and no pasts."""
+        if self._blanks and self._blanks[0][1].passed:
+            sheet, _ = self._blanks.popleft()
+        else:
+            sheet = self.sizes.sheet(self.half, torch.device("cpu"), pinned=self.sheet.memory.is_cuda)
+        sheet.tokens.fill_(-1)
+        sheet.pasts.zero_()
+        return sheet
+
+    def send(self, sheet: Sheet, frames: int) -> None:
+        """A blank that was written on, to the device's; so many frames of prompts are on it."""
+        count = len(sheet.memory) - sheet.prompts[frames:].numel()
+        self.sheet.memory[:count].copy_(sheet.memory[:count], non_blocking=True)
+        self._blanks.append((sheet, Mark(self.sheet.memory.device)))
 
     def view(self, half: int, tiles: int) -> View:
         rows, c = 2 * half, self.config

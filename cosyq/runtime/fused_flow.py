@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -28,14 +28,12 @@ from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
 from cosyq.runtime.flow_room import BESIDE_ITS_OWN, TOKENS, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
-from cosyq.runtime.transfer import send
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
 MANY = 512  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
-PARTS = (1 / 11, 4 / 11)  # of a step's blocks, where a graph ends: the host takes a third of the device's time for each
-GRAPHS = 256  # kept at most
+GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
 
 
@@ -88,7 +86,6 @@ class FusedFlow:
         for index in range(self.config.depth):  # one by one, so that only one is there twice
             self._blocks.append(Block.of(estimator.blocks[index], self.config, scratch, coded=coded))
             estimator.blocks[index] = nn.Identity()
-        self._parts = _parts(self.config.depth)
         self._front = flow  # its token encoder and speaker projection remain
         del flow.estimator, flow.adaln
         self._room: Room | None = None
@@ -123,7 +120,7 @@ class FusedFlow:
         """
         view, lengths = self._begin(utterances, noise, steps)
         for _ in range(steps):
-            self._launch_step(view)
+            self._launch(partial(self._step, view), (len(view.x), len(view.tiles)))
         found = zip(view.x[: sum(lengths)].split(lengths), utterances, strict=True)
         return [x[len(u.prompt_mel) + u.sent - u.past_frames :].T.clone() for x, u in found]
 
@@ -166,7 +163,7 @@ class FusedFlow:
             for half in sorted({_padded(length) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
                 room.sheet.memory.zero_()
-                self._launch_step(view)
+                self._launch(partial(self._step, view), (half, len(view.tiles)))
 
     def _begin(self, utterances: Sequence[Utterance], noise: Tensor, steps: int) -> tuple[View, list[int]]:
         """All that comes before the first step, and how many frames each utterance has in the view."""
@@ -179,9 +176,8 @@ class FusedFlow:
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
         prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
-        sheet = room.sizes.sheet(sum(map(len, prompts)), torch.device("cpu"))
+        sheet = room.blank()
         sheet.now[0], sheet.now[2] = self._firsts[steps], half
-        sheet.tokens.fill_(-1)
         tile = token = prompt = 0
         for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
             own = u.past_frames // c.token_mel_ratio
@@ -200,7 +196,7 @@ class FusedFlow:
             tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
-        send(sheet.memory, room.sheet.memory[: len(sheet.memory)])
+        room.send(sheet, prompt)
         self._tell(room, padded_tokens(token - c.lookahead), beside, noise)
         return view, lengths
 
@@ -238,10 +234,6 @@ class FusedFlow:
             room.x, room.given, noise, encoded, voices, sheet.prompts, tiles, sheet.entries, sheet.now, ratio=ratio
         )
 
-    def _launch_step(self, view: View) -> None:
-        for part in self._parts:
-            self._launch(partial(self._step, view, part), (len(view.x), len(view.tiles), part.start))
-
     def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
         """Do it, as a graph if it was done before."""
         if self._stream is None:
@@ -276,16 +268,19 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: View, part: range) -> None:
-        """x moves by one step, of the timestep whose turn it is; of that the part that some of the blocks are."""
+    def _step(self, v: View) -> None:
+        """x moves by one step, of the timestep whose turn it is."""
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
         pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
-        if not part.start:
-            self._begin_step(v, pasts, rows)
-        for index in part:
-            block = blocks[index]
+        (first, first_bias), (second, second_bias) = self._convolutions
+        kernels.begin_step(v.now, self._table, self._row)
+        _product(v.given, self._entry.weight, self._entry.bias, v.change)
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
+        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
+        for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
             if isinstance(block.qkv, Codes):
@@ -305,29 +300,14 @@ class FusedFlow:
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
             kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
-        if part.stop == c.depth:
-            _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
-            kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
-
-    def _begin_step(self, v: View, pasts: kernels.Pasts, rows: Tensor) -> None:
-        (first, first_bias), (second, second_bias) = self._convolutions
-        kernels.begin_step(v.now, self._table, self._row)
-        _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
-        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, self._blocks[0].qkv), NORM_EPS)
+        _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
+        kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 
 
 def _padded(frames: int) -> int:
     """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
     step = BUCKET if frames <= FINE else 2 * BUCKET
     return -(-frames // step) * step
-
-
-def _parts(depth: int) -> list[range]:
-    """A step's blocks, as they are launched: the first few while nothing runs, more while those do."""
-    starts = sorted({0, *(int(depth * start) for start in PARTS)})
-    return [range(start, stop) for start, stop in pairwise([*starts, depth])]
 
 
 def _beside(utterances: int) -> int:

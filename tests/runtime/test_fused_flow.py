@@ -75,14 +75,6 @@ def test_equals_the_plain_flow(formats):
     assert relative(called(FusedFlow(network(*formats)), STREAMED), expected) < EXACT
 
 
-def test_a_step_in_parts_is_the_same(monkeypatch):
-    whole = called(FusedFlow(network(INT8)), STREAMED)
-    monkeypatch.setattr("cosyq.runtime.fused_flow.PARTS", (0.5,))
-    fused = FusedFlow(network(INT8))
-    assert fused._parts == [range(1), range(1, 2)]
-    assert torch.equal(called(fused, STREAMED), whole)
-
-
 @pytest.fixture
 def few_tiles(monkeypatch):
     """For utterances side by side, of which a GPU has many to spare."""
