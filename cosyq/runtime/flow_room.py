@@ -13,12 +13,15 @@ from cosyq.model.config import FlowConfig
 from cosyq.runtime.transfer import Mark
 
 TOKENS = 32  # what their number is rounded up to, before the first step
+FINE_TOKENS = 512  # beyond so many, four times that
 SEGMENTS = 32  # at most, that an utterance goes on from
 BESIDE_ITS_OWN = 2  # tokens before those of an utterance's frames that matter to them
 
 
 def padded_tokens(count: int) -> int:
-    return -(-count // TOKENS) * TOKENS
+    """Numbers that share graphs: of many tokens few."""
+    step = TOKENS if count <= FINE_TOKENS else 4 * TOKENS
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
-from cosyq.runtime.flow_room import BESIDE_ITS_OWN, TOKENS, Room, View, padded_tokens
+from cosyq.runtime.flow_room import BESIDE_ITS_OWN, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
-MANY = 512  # tokens that keep the GPU busy while they are launched one by one
+MANY = 1024  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
@@ -158,7 +158,7 @@ class FusedFlow:
         most = 2 * _padded(frames)
         room = self._reserve(most, _tiles(most, MANY_BESIDE), self.config.noise_frames, MANY_BESIDE)
         for utterances in (1, MANY_BESIDE):
-            for count in range(TOKENS, MANY + 1, TOKENS):
+            for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
                 self._tell(room, count, utterances, noise)
             for half in sorted({_padded(length) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
