@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cosyq.kernels import decode as step
 from cosyq.kernels import rows as kernels
 from cosyq.kernels.decode import PAGE, Buffers, Geometry, Layer
-from cosyq.kernels.draw import Draws, draw
+from cosyq.kernels.draw import KEPT, Draws, draw
 from cosyq.kernels.packed import Packed, float_rows, four_bit_rows, int8_rows, stacked
 from cosyq.kernels.rows import TOGETHER, Pass, Rows, Shape
 from cosyq.model.config import LLMConfig, SamplingConfig
@@ -296,10 +296,11 @@ class FusedDecoder(BatchDecoder):
     def __init__(self, forward: FusedForward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
         with forward.aside():
             super().__init__(forward, sampling, longest=longest, burst=burst)
+            kept = torch.zeros(forward.rows, KEPT, dtype=torch.int64, device=forward.device)
         self._draws = [
             Draws(
                 self.logits, self.uniform, self.recent, self.drawn_count, self.minimum, self.maximum, self.positions,
-                self.finished.view(torch.uint8), drawn,
+                self.finished.view(torch.uint8), drawn, kept,
             )
             for drawn in self.drawn
         ]  # fmt: skip

@@ -199,7 +199,7 @@ def test_logits_that_are_not_finite_are_told():
 
 def test_sampling_is_that_of_the_plain_sampler():
     """Over flat and peaked logits, repeats, and a stop that may not come yet: the same ids of the same numbers."""
-    from cosyq.kernels.draw import Draws, draw
+    from cosyq.kernels.draw import KEPT, Draws, draw
     from cosyq.runtime.batch_sampling import sample_rows
 
     rows, n, vocabulary = 16, 100, 90
@@ -217,7 +217,7 @@ def test_sampling_is_that_of_the_plain_sampler():
         drawn = torch.zeros(rows, dtype=torch.int64)
         draws = Draws(
             logits, uniform, recent.clone(), count.clone(), minimum, count + 5, count + 7,
-            torch.zeros(rows, dtype=torch.uint8), drawn,
+            torch.zeros(rows, dtype=torch.uint8), drawn, torch.zeros(rows, KEPT, dtype=torch.int64),
         )  # fmt: skip
         x, positions = torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.int32)
         embedding = torch.randn(n, 8, generator=generator)
