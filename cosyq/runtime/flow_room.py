@@ -124,13 +124,12 @@ class Room:
         self._rope = angles.cos(), angles.sin()
 
     def blank(self) -> Sheet:
-        """To be written on the host, and then sent; of no tokens and no pasts."""
+        """To be written on the host, and then sent; of no tokens."""
         if self._blanks and self._blanks[0][1].passed:
             sheet, _ = self._blanks.popleft()
         else:
             sheet = self.sizes.sheet(self.half, torch.device("cpu"), pinned=self.sheet.memory.is_cuda)
         sheet.tokens.fill_(-1)
-        sheet.pasts.zero_()
         return sheet
 
     def send(self, sheet: Sheet, frames: int) -> None:
