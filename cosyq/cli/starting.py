@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosyq.kernels.start import begin_context
+from cosyq.artifact import ahead
+from cosyq.artifact.names import HOST_TENSOR, STAGE_FILES
+from cosyq.kernels.start import begin_context, begin_hash
 from cosyq.text import apart
 from cosyq.text.tokenizer import FILE_NAME
 
@@ -24,14 +26,18 @@ def starting(folder: Path, device: str) -> Iterator[None]:
     Imports make half a million objects, which are there to stay, and Python's collector would look at all of them again
     and again.
     """
-    apart.begin(folder / FILE_NAME)  # before there is a thread
-    begin_context(device)
+    begin_hash(device)
+    apart.begin(folder / FILE_NAME)  # both before there is a thread
+    ahead.announce({folder / name: HOST_TENSOR.get(stage) for stage, name in STAGE_FILES.items()})
+    if begin_context(device, ahead.read) is None:
+        ahead.forget()
     collected, switch = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
     sys.setswitchinterval(SWITCH)
     try:
         yield
     finally:
+        ahead.forget()
         sys.setswitchinterval(switch)
         if collected:
             gc.freeze()
