@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cosyq.artifact import ahead
 from cosyq.artifact.names import HOST_TENSOR, STAGE_FILES
-from cosyq.kernels.start import begin_context, begin_hash
+from cosyq.kernels.start import begin_context, begin_hash, begin_kernels
 from cosyq.text import apart
 from cosyq.text.tokenizer import FILE_NAME
 
@@ -18,18 +19,31 @@ SWITCH = 1e-4  # seconds after which Python's lock goes to another thread that w
 
 
 @contextmanager
-def starting(folder: Path, device: str) -> Iterator[None]:
+def starting(folder: Path, device: str, dtype: str = "auto", engine: str = "auto") -> Iterator[None]:
     """An artifact's engine is loaded within; enter it before torch is imported, and leave it to speak.
 
     What is done in threads seldom needs Python's lock, but would wait 5 ms for it every time.
 
     Imports make half a million objects, which are there to stay, and Python's collector would look at all of them again
     and again.
+
+    Arguments as in `runtime.synthesizer.load`.
     """
-    begin_hash(device)
+    fused = engine in ("auto", "fused", "fused8")
+    if fused:
+        begin_hash(device)
     apart.begin(folder / FILE_NAME)  # both before there is a thread
     ahead.announce({folder / name: HOST_TENSOR.get(stage) for stage, name in STAGE_FILES.items()})
-    if begin_context(device, ahead.read) is None:
+
+    def go_on(cuda: Any, context: Any) -> None:
+        ahead.read(cuda, context)
+        if context and fused:
+            import torch  # waits until it is imported
+
+            arithmetic = {"fp16": torch.float16, "fp32": torch.float32}.get(dtype, torch.bfloat16)
+            begin_kernels(torch.device("cuda" if device == "auto" else device), arithmetic)
+
+    if begin_context(device, go_on) is None:
         ahead.forget()
     collected, switch = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
