@@ -20,7 +20,7 @@ class Driver:
     """libcuda, as far as it is called, with the host's memory."""
 
     def __init__(self, broken="", free=1 << 40):
-        self.broken, self.free, self.there = broken, free, {}
+        self.broken, self.free, self.there, self.copies = broken, free, {}, 0
 
     def cuCtxSetCurrent(self, context):
         return 201 if self.broken == "context" else 0
@@ -37,6 +37,7 @@ class Driver:
 
     def cuMemcpyHtoD_v2(self, place, source, size):
         ctypes.memmove(place.value, source, size.value)
+        self.copies += 1
         return 700 if self.broken == "copy" else 0
 
     def cuMemFree_v2(self, address):
@@ -91,9 +92,10 @@ def test_what_was_read_is_what_the_file_holds(copied, stage):
 
 
 @BOTH
-def test_a_network_keeps_nothing_of_what_was_read(copied, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_network_keeps_nothing_of_what_was_read(copied, dtype, monkeypatch):
     def load():
-        place = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "matmul": "dequantize"}
+        place = {"device": torch.device("cpu"), "dtype": dtype, "matmul": "dequantize"}
         return [reader.load_stage(copied, stage, **place) for stage in STAGE_FILES]
 
     def tensors(networks):
@@ -161,12 +163,24 @@ def test_what_is_no_stage_is_left_to_the_reader(copied, content):
         assert len(driver.there) == 2, "the other stages are there"
 
 
-@pytest.mark.parametrize("driver", [Driver("context"), Driver("alloc"), Driver("copy"), Driver(free=1 << 20)])
-def test_a_gpu_that_has_no_room_is_left_alone(copied, driver):
+@pytest.mark.parametrize("broken", ["context", "alloc", "copy", "full"])
+def test_a_gpu_that_has_no_room_is_left_alone(copied, broken):
+    driver = Driver(broken)
+    if broken == "full":
+        driver.free = 2 * sum((copied.folder / name).stat().st_size for name in STAGE_FILES.values())
     read(copied, driver)
     assert [ahead.taken(copied.folder / name) for name in STAGE_FILES.values()] == [None] * 3
     gc.collect()
     assert driver.broken == "alloc" or driver.there == {}
+
+
+def test_a_driver_of_another_kind_is_not_waited_for(copied):
+    driver = Driver()
+    driver.cuMemGetInfo_v2 = None
+    with pytest.raises(TypeError):
+        read(copied, driver)
+    assert all(reading.done.is_set() for reading in ahead._begun.values())
+    assert found(copied) == {}
 
 
 def test_no_gpu_is_waited_for(copied):
@@ -193,8 +207,9 @@ def test_what_was_not_taken_is_freed(copied):
     ahead.forget()
     assert driver.there == {}
     driver.cuCtxSetCurrent = lambda context: ahead.forget() or 0
+    before = driver.copies
     read(copied, driver)
-    assert driver.there == {}, "and no more is read"
+    assert (driver.there, driver.copies) == ({}, before), "and no more is read"
 
 
 def test_nothing_is_announced_that_will_not_be_read(tmp_path):
