@@ -1,7 +1,8 @@
 """A safetensors file written tensor by tensor, in any order, at places that are known beforehand.
 
 The library's writer wants all tensors in memory at once; a plan knows every dtype and shape before the first
-is packed, so the header comes first and each tensor goes straight to its offset. Reading is the library's.
+is packed, so the header comes first and each tensor goes straight to its offset. Reading is the library's, but
+for bytes that are on a GPU already.
 """
 
 from __future__ import annotations

@@ -35,20 +35,26 @@ def starting(folder: Path, device: str, dtype: str = "auto", engine: str = "auto
     apart.begin(folder / FILE_NAME)  # both before there is a thread
     ahead.announce({folder / name: HOST_TENSOR.get(stage) for stage, name in STAGE_FILES.items()})
 
-    def go_on(cuda: Any, context: Any) -> None:
+    contexts: list[Any] = []
+
+    def then(cuda: Any, context: Any) -> None:
+        if context:
+            contexts.append(context)
         ahead.read(cuda, context)
-        if context and fused:
-            import torch  # waits until it is imported
 
-            arithmetic = {"fp16": torch.float16, "fp32": torch.float32}.get(dtype, torch.bfloat16)
-            begin_kernels(torch.device("cuda" if device == "auto" else device), arithmetic)
-
-    if begin_context(device, go_on) is None:
+    on_gpu = begin_context(device, then) is not None
+    if not on_gpu:
         ahead.forget()
     collected, switch = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
     sys.setswitchinterval(SWITCH)
     try:
+        if on_gpu and fused:
+            import torch
+
+            if contexts:
+                arithmetic = {"fp16": torch.float16, "fp32": torch.float32}.get(dtype, torch.bfloat16)
+                begin_kernels(torch.device("cuda" if device == "auto" else device), arithmetic)
         yield
     finally:
         ahead.forget()

@@ -147,7 +147,6 @@ def _use(device: torch.device, dtype: torch.dtype) -> None:
             torch.linalg.vector_norm(x.double(), dim=1)
             torch.isfinite(x).all()
             torch.pow(2.0, x)
-            torch.reciprocal(x)
             torch.index_select(x, 0, some)
             F.normalize(x[0], dim=0)
             torch._C._cuda_clearCublasWorkspaces()  # of a stream that multiplies no more
