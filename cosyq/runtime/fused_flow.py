@@ -157,8 +157,9 @@ class FusedFlow:
         if self._stream is None:
             return
         most = 2 * _padded(frames)
-        room = self._reserve(most, _tiles(most, MANY_BESIDE), self.config.noise_frames, MANY_BESIDE)
-        for utterances in (1, MANY_BESIDE):
+        many = 2 * MANY_BESIDE
+        room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
+        for utterances in (1, MANY_BESIDE, many):
             for count in range(TOKENS, MANY + 1, TOKENS):
                 self._told(room, count, utterances)
             for half in sorted({_padded(length) for length in range(1, frames + 1)}):
