@@ -5,7 +5,7 @@ page 0, which is nobody's. All activations between kernels are float32.
 
 A step is bound by the bytes of the weights, by the launches and by what decoding costs. So norms, rotation, SwiGLU and
 residual sums happen where their inputs are read; with programmatic dependent launch a kernel fetches its weights while
-the one before it still computes (only behind `wait` may anything be read that another kernel wrote); and codes are not
+the one before it still computes (only behind `wait` may anything be read that it wrote); and codes are not
 decoded but multiplied as integers, by inputs as two signed bytes: 15 bits and a sign, of the largest input.
 """
 
@@ -51,8 +51,8 @@ def _qkv(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr,
     upper_tile = fetched(w, upper, pair < half, W)
     lower_tile = fetched(w, upper + half, pair < half, W)
     upper_bias, lower_bias = tl.load(bias_ptr + upper), tl.load(bias_ptr + upper + half)
-    let_next_start(PDL)
     wait(PDL)
+    let_next_start(PDL)
     place = tl.load(position_ptr)
     position = tl.maximum(place, 0)
     r = _root_mean_square(x_ptr, eps, W.k, PADDED)
@@ -82,21 +82,27 @@ def _attend(q_ptr, key_ptr, value_ptr, position_ptr, page_ptr, out_ptr, stat_ptr
             PDL: tl.constexpr):  # fmt: skip
     """One page for one head: its part of the sum, its largest score and its sum of weights.
 
-    The heads of a group read the same keys and values, all but one of them from the cache of the chip.
+    The heads of a group read the same keys and values, all but one of them from the cache of the chip. All positions
+    but the last were there before the kernel in front began, and are fetched while that one runs.
     """
     head, number = tl.program_id(0), tl.program_id(1)
     kv_head = head // (H.query // H.kv)
-    let_next_start(PDL)
+    position = tl.load(position_ptr, cache_modifier=".cg")
+    page = tl.load(page_ptr + number, mask=number * H.page <= position, other=0).to(tl.int64)
+    at, d = tl.arange(0, H.page), tl.arange(0, H.dim)
+    first = (page * H.kv + kv_head) * H.page * H.dim
+    tile = first + at[:, None] * H.dim + d[None, :]
+    past = (number * H.page + at < position)[:, None]
+    past_keys = tl.load(key_ptr + tile, mask=past, other=0.0, cache_modifier=".cg")
+    past_values = tl.load(value_ptr + tile, mask=past, other=0.0, cache_modifier=".cg")
     wait(PDL)
-    position = tl.load(position_ptr)
+    let_next_start(PDL)
     if number * H.page <= position:
-        page = tl.load(page_ptr + number).to(tl.int64)
-        at, d = tl.arange(0, H.page), tl.arange(0, H.dim)
-        tile = (page * H.kv + kv_head) * H.page * H.dim + at[:, None] * H.dim + d[None, :]
-        seen = number * H.page + at <= position
-        keys = tl.load(key_ptr + tile, mask=seen[:, None], other=0.0).to(tl.float32)
-        values = tl.load(value_ptr + tile, mask=seen[:, None], other=0.0).to(tl.float32)
         q = tl.load(q_ptr + head * H.dim + d)
+        new = first + tl.minimum(position - number * H.page, H.page - 1) * H.dim + d
+        here, seen = (number * H.page + at == position)[:, None], number * H.page + at <= position
+        keys = tl.where(here, tl.load(key_ptr + new)[None, :], past_keys).to(tl.float32)
+        values = tl.where(here, tl.load(value_ptr + new)[None, :], past_values).to(tl.float32)
         scores = tl.where(seen, tl.sum(keys * q[None, :], 1) * softmax_scale, float("-inf"))
         largest = tl.max(scores, 0)
         weights = tl.exp(scores - largest)
@@ -112,8 +118,8 @@ def _output(part_ptr, stat_ptr, position_ptr, w, x_ptr, W: tl.constexpr, H: tl.c
     """What the heads attended to, projected, added to x."""
     n, valid = _rows(W)
     tile = fetched(w, n, valid, W)
-    let_next_start(PDL)
     wait(PDL)
+    let_next_start(PDL)
     count = tl.maximum(tl.load(position_ptr), 0) // H.page + 1
     out = times(tile, inputs_of((part_ptr, stat_ptr, count), W, H), w[2], W)
     tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
@@ -126,8 +132,8 @@ def _swiglu(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.conste
     n = tl.program_id(0) * W.tile + tl.arange(0, W.tile)
     valid = n < half
     gate_tile, up_tile = fetched(w, n, valid, W), fetched(w, half + n, valid, W)
-    let_next_start(PDL)
     wait(PDL)
+    let_next_start(PDL)
     r = _root_mean_square(x_ptr, eps, W.k, PADDED)
     inputs = inputs_of((x_ptr, gain_ptr), W)
     gate = times(gate_tile, inputs, w[2], W) * r
@@ -140,8 +146,8 @@ def _down(inner_ptr, w, x_ptr, W: tl.constexpr, PDL: tl.constexpr):
     """What SwiGLU left, projected, added to x."""
     n, valid = _rows(W)
     tile = fetched(w, n, valid, W)
-    let_next_start(PDL)
     wait(PDL)
+    let_next_start(PDL)
     out = times(tile, inputs_of((inner_ptr,), W), w[2], W)
     tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
 
@@ -151,8 +157,8 @@ def _head(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexp
     """The normed x times the weight."""
     n, valid = _rows(W)
     tile = fetched(w, n, valid, W)
-    let_next_start(PDL)
     wait(PDL)
+    let_next_start(PDL)
     out = times(tile, inputs_of((x_ptr, gain_ptr), W), w[2], W) * _root_mean_square(x_ptr, eps, W.k, PADDED)
     tl.store(out_ptr + n, out, mask=valid)
 

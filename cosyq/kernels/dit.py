@@ -13,8 +13,8 @@ d]. `Pasts.table`, int64 [n, 4], says of every tile how many frames came before 
 where the list of these is (frames and address of each), and the address of one for its sequence's own rows, or 0. A
 sequence's rows see all that came before it.
 
-What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [2], is
-the step's row of the modulation table, and its number. `begin_step` sets out what is of it, `guide` counts on.
+What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [3], is
+the step's row of the modulation table, and its number, which `guide` counts on; and how many rows a half has.
 
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 
@@ -58,7 +58,7 @@ class Pasts:
     """What sequences go on from, and leave, at one of the steps.
 
     table: int64 [tiles, 4], see above.
-    now: int64 [2], the step's number last.
+    now: as above.
     tails, frame: how many numbers of a step a segment has of what was convolved, and of each frame's keys and values.
     """
 
@@ -408,11 +408,12 @@ def conv_mish(
 
 @triton.jit
 def _enter(
-    x, given, noise, encoded, voices, prompts, tiles, entries, half,
+    x, given, noise, encoded, voices, prompts, tiles, entries, now,
     RATIO: tl.constexpr, MEL: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile, entry = tiles + tl.program_id(0) * 4, entries + tl.program_id(0) * 5
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    half = tl.load(now + 2)
     frame, token, prompt = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     shown, voice = tl.load(entry + 3), tl.load(entry + 4)
     rows = (first + tl.arange(0, TILE))[:, None]
@@ -424,7 +425,7 @@ def _enter(
     known = tl.load(prompts + (prompt + place) * MEL + at, mask=mel & conditional & (place < shown), other=0.0)
     tokens = tl.load(encoded + (token + place // RATIO) * TOKEN + at, mask=told, other=0.0)
     speaker = tl.load(voices + voice * MEL + at, mask=(at < MEL) & conditional, other=0.0)
-    into = given + (tl.program_id(1).to(tl.int64) * half + rows) * (3 * MEL + TOKEN) + at
+    into = given + (tl.program_id(1) * half + rows) * (3 * MEL + TOKEN) + at
     tl.store(into, begun.to(given.dtype.element_ty), mask=mel)
     tl.store(into + MEL, known.to(given.dtype.element_ty), mask=mel)
     tl.store(into + 2 * MEL, tokens.to(given.dtype.element_ty), mask=live & (at < TOKEN))
@@ -433,18 +434,17 @@ def _enter(
 
 def enter(
     x: Tensor, given: Tensor, noise: Tensor, encoded: Tensor, voices: Tensor, prompts: Tensor,
-    tiles: Tensor, entries: Tensor, *, ratio: int,
+    tiles: Tensor, entries: Tensor, now: Tensor, *, ratio: int,
 ) -> None:  # fmt: skip
     """What the estimator is given at first: x [half, mel] and given [2 * half, mel + mel + token + mel].
 
     noise [frames, mel], encoded [tokens, token], voices [utterances, mel], prompts [any, mel], all float32. `entries`,
     int32 [n, 5], says of a tile's sequence: the frame, the token and the row of `prompts` that it begins with, how many
-    of its rows have a prompt, and its voice. `ratio` frames have a token.
+    of its rows have a prompt, and its voice. `ratio` frames have a token. How many rows a half has says `now`.
     """
-    half, mel = x.shape
-    token = encoded.shape[1]
+    mel, token = x.shape[1], encoded.shape[1]
     _enter[(tiles.shape[0], 2)](
-        x, given, noise, encoded, voices, prompts, tiles, entries, half,
+        x, given, noise, encoded, voices, prompts, tiles, entries, now,
         RATIO=ratio, MEL=mel, TOKEN=token, SIZE=triton.next_power_of_2(max(mel, token)), TILE=TILE, num_warps=4,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Repetition-aware sampling (see `runtime.sampling`) and the bookkeeping of a step, one program a row.
 
-The nucleus is found largest first, as in the plain sampler; draws are of uniform numbers that each request brought.
+The nucleus is put in order largest first, as in the plain sampler; draws are of uniform numbers that each request
+brought. What can be in it is at least as large as the smallest of the `TOP_K` largest of many groups' largest weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cosyq.kernels.overlap import let_next_start, wait
 from cosyq.kernels.packed import INT8_STEP
 from cosyq.model.config import SamplingConfig
 
+GROUPS, KEPT = 128, 64  # of weights; of those that may be in the nucleus, if they are no more
 NOT_FINITE, IDLE = tl.constexpr(-1), tl.constexpr(-2)  # in place of an id, as `runtime.batch` reads them
 
 
@@ -31,12 +33,62 @@ def _pick(weights, ids, uniform):
 
 
 @triton.jit
+def _before(keys):
+    """How many of `keys` are larger than each."""
+    return tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _keys(weights, ids, PADDED: tl.constexpr):
+    """A positive float's bits are ordered as it is; of equal ones the least id comes first."""
+    return (weights.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (PADDED - 1 - ids)
+
+
+@triton.jit
+def _weight(key):
+    return (key >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _id(key, PADDED: tl.constexpr):
+    return PADDED - 1 - (key & 0xFFFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _sorted(keys, kept, taken, where, slot, KEPT: tl.constexpr):
+    """Of `keys`, those `taken` to `where` in `kept`, the largest first; 0 behind the last."""
+    at = tl.arange(0, KEPT)
+    tl.store(kept + at, tl.full((KEPT,), 0, tl.int64))
+    tl.debug_barrier()
+    tl.store(kept + where, keys, mask=taken)
+    tl.debug_barrier()
+    few = tl.load(kept + at)
+    place = tl.where(few > 0, _before(few), -1)
+    return tl.sum(tl.where(place[:, None] == slot[None, :], few[:, None], 0), 0)
+
+
+@triton.jit
+def _largest(keys, slot, TOP_K: tl.constexpr, TOP_P: tl.constexpr):
+    """As many of `keys` as are in the nucleus, one after the other; 0 behind the last."""
+    top = tl.zeros(slot.shape, tl.int64)
+    taken = 0
+    before = 0.0
+    while (taken < TOP_K) & (before < TOP_P):
+        largest = tl.max(keys, 0)
+        top = tl.where(slot == taken, largest, top)
+        keys = tl.where(keys == largest, 0, keys)
+        before += _weight(largest)
+        taken += 1
+    return top
+
+
+@triton.jit
 def _draw(logits_ptr, uniform_ptr, recent_ptr, count_ptr, minimum_ptr, maximum_ptr, finished_ptr, next_ptr, drawn_ptr,
-          embedding_ptr, scale_ptr, x_ptr, position_ptr,
+          kept_ptr, embedding_ptr, scale_ptr, x_ptr, position_ptr,
           N: tl.constexpr, PADDED: tl.constexpr, VOCABULARY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
           SLOTS: tl.constexpr, WINDOW: tl.constexpr, WINDOW_PADDED: tl.constexpr, MOST_REPEATS: tl.constexpr,
           LONGEST: tl.constexpr, HIDDEN: tl.constexpr, HIDDEN_PADDED: tl.constexpr, INT8: tl.constexpr,
-          PDL: tl.constexpr):  # fmt: skip
+          GROUPS: tl.constexpr, KEPT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     let_next_start(PDL)
     wait(PDL)
@@ -54,22 +106,19 @@ def _draw(logits_ptr, uniform_ptr, recent_ptr, count_ptr, minimum_ptr, maximum_p
         weights = tl.exp(logits - tl.max(logits, 0))
         weights = weights / tl.sum(weights, 0)
         slot = tl.arange(0, SLOTS)
-        top, top_ids = tl.zeros((SLOTS,), tl.float32), tl.zeros((SLOTS,), tl.int32)
-        rest = (weights.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (PADDED - 1 - index)
-        taken = 0
-        before = 0.0
-        while (taken < TOP_K) & (before < TOP_P):
-            largest = tl.max(rest, 0)  # a positive float's bits are ordered as it is; the least id comes first
-            best = (largest >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            where = PADDED - 1 - (largest & 0xFFFFFFFF).to(tl.int32)
-            top = tl.where(slot == taken, best, top)
-            top_ids = tl.where(slot == taken, where, top_ids)
-            rest = tl.where(index == where, 0, rest)
-            before += best
-            taken += 1
+        largest = tl.max(tl.reshape(weights, (PADDED // GROUPS, GROUPS)), 0)
+        taken = weights >= tl.min(tl.where(_before(largest) < TOP_K, largest, float("inf")), 0)
+        where = tl.cumsum(taken.to(tl.int32), 0) - 1
+        if tl.max(where, 0) < KEPT:
+            top = _sorted(_keys(weights, index, PADDED), kept_ptr + row * KEPT, taken, where, slot, KEPT)
+        else:  # too many are equal
+            top = _largest(_keys(weights, index, PADDED), slot, TOP_K, TOP_P)
+        likely = _weight(top)
+        before = tl.cumsum(likely, 0) - likely
+        likely = tl.where((slot < TOP_K) & (before < TOP_P), likely, 0.0)
         uniform = uniform_ptr + (row * LONGEST + tl.minimum(count, LONGEST - 1)) * 2
-        chosen = _pick(top, slot, tl.load(uniform))
-        drawn = tl.sum(tl.where(slot == chosen, top_ids, 0), 0)
+        chosen = _pick(likely, slot, tl.load(uniform))
+        drawn = tl.sum(tl.where(slot == chosen, _id(top, PADDED), 0), 0)
         turn = tl.arange(0, WINDOW_PADDED)
         recent = tl.load(recent_ptr + row * WINDOW + turn, mask=turn < WINDOW, other=-1)
         if tl.sum((recent == drawn).to(tl.int32), 0) >= MOST_REPEATS:
@@ -104,6 +153,7 @@ class Draws:
     count, minimum, maximum, next: int64 [rows]; next is the position that the next id takes.
     finished: uint8 [rows].
     drawn: int64 [rows], this step's: NOT_FINITE if the logits are not, IDLE for rows that have finished.
+    kept: int64 [rows, KEPT], the kernel's own.
     """
 
     logits: Tensor
@@ -115,6 +165,7 @@ class Draws:
     next: Tensor
     finished: Tensor
     drawn: Tensor
+    kept: Tensor
 
 
 def draw(
@@ -136,13 +187,14 @@ def draw(
     embedding: [n, hidden], int8 if there are scales, the rows' absmax [n].
     """
     n, hidden = d.logits.shape[1], x.shape[1]
+    padded = triton.next_power_of_2(n)
     extra: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     _draw[(rows,)](
-        d.logits, d.uniform, d.recent, d.count, d.minimum, d.maximum, d.finished, d.next, d.drawn,
+        d.logits, d.uniform, d.recent, d.count, d.minimum, d.maximum, d.finished, d.next, d.drawn, d.kept,
         embedding, embedding if scales is None else scales, x, positions,
-        N=n, PADDED=triton.next_power_of_2(n), VOCABULARY=vocabulary, TOP_K=min(config.top_k, n), TOP_P=config.top_p,
+        N=n, PADDED=padded, VOCABULARY=vocabulary, TOP_K=min(config.top_k, n), TOP_P=config.top_p,
         SLOTS=triton.next_power_of_2(config.top_k), WINDOW=config.win_size,
         WINDOW_PADDED=triton.next_power_of_2(config.win_size), MOST_REPEATS=config.win_size * config.tau_r,
         LONGEST=d.uniform.shape[1], HIDDEN=hidden, HIDDEN_PADDED=triton.next_power_of_2(hidden),
-        INT8=scales is not None, PDL=pdl, num_warps=8, **extra,
+        INT8=scales is not None, GROUPS=min(GROUPS, padded), KEPT=KEPT, PDL=pdl, num_warps=8, **extra,
     )  # fmt: skip

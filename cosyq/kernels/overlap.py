@@ -2,6 +2,8 @@
 
 Nothing that another kernel wrote may be read before `wait`, behind which all earlier kernels of the stream are over, if
 each of them has waited itself. `let_next_start` lets the next one begin once all programs have come to it, or ended.
+Where it comes behind `wait`, at most one kernel waits; and that one may read at once, past the first-level cache
+(`.cg`), what any but the kernel in front wrote.
 """
 
 from __future__ import annotations

@@ -9,14 +9,8 @@ from cosyq.kernels.overlap import let_next_start, wait
 
 
 @triton.jit
-def _look(q, out, largest, total, number, position, last, page, kv_head, key_ptr, value_ptr, softmax_scale,
-          KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
-    """One page more for a tile of queries: their sums, largest scores and sums of weights."""
-    at, d = tl.arange(0, PAGE), tl.arange(0, DIM)
-    tile = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * DIM + at[:, None] * DIM + d[None, :]
-    key = number * PAGE + at
-    keys = tl.load(key_ptr + tile, mask=(key <= last)[:, None], other=0.0)
-    values = tl.load(value_ptr + tile, mask=(key <= last)[:, None], other=0.0)
+def _look(q, out, largest, total, key, position, keys, values, softmax_scale):
+    """Positions `key` more for a tile of queries: their sums, largest scores and sums of weights."""
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * softmax_scale
     scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
     larger = tl.maximum(largest, tl.max(scores, 1))
@@ -45,22 +39,31 @@ def _merged(out, largest, total, other_out, other_largest, other_total):
 def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
                  softmax_scale, page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
                  DIM: tl.constexpr, PAGE: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """All heads of one row that share keys, over one page; who comes last of the row's pages merges them."""
+    """All heads of one row that share keys, over one page; who comes last of the row's pages merges them.
+
+    All but the row's last position was there before the kernel in front began, and is fetched while that one runs.
+    """
     row, kv_head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
     i, d = tl.arange(0, PLACES), tl.arange(0, DIM)
     inside = i < group
     head = kv_head * group + tl.minimum(i, group - 1)
-    page = tl.load(page_ptr + tl.load(owner_ptr + row) * page_stride + number)
+    last = tl.load(position_ptr + row, cache_modifier=".cg")
+    page = tl.load(page_ptr + tl.load(owner_ptr + row) * page_stride + number).to(tl.int64)
+    begin, key = (page * KV_HEADS + kv_head) * PAGE * DIM, number * PAGE + tl.arange(0, PAGE)
+    tile, past = begin + tl.arange(0, PAGE)[:, None] * DIM + d[None, :], (key < last)[:, None]
+    keys = tl.load(key_ptr + tile, mask=past, other=0.0, cache_modifier=".cg")
+    values = tl.load(value_ptr + tile, mask=past, other=0.0, cache_modifier=".cg")
     wait(PDL)
-    last = tl.load(position_ptr + row)
     let_next_start(PDL)
     if number * PAGE <= tl.maximum(last, 0):
         q = tl.load(q_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :])
+        new = begin + tl.maximum(tl.minimum(last - number * PAGE, PAGE - 1), 0) * DIM + d
+        keys = tl.where((key == last)[:, None], tl.load(key_ptr + new)[None, :], keys)
+        values = tl.where((key == last)[:, None], tl.load(value_ptr + new)[None, :], values)
         out, largest, total = _look(
             q, tl.zeros((PLACES, DIM), tl.float32), tl.full((PLACES,), -1e30, tl.float32),
-            tl.zeros((PLACES,), tl.float32), number, last + 0 * i, last, page, kv_head, key_ptr, value_ptr,
-            softmax_scale, KV_HEADS, DIM, PAGE,
+            tl.zeros((PLACES,), tl.float32), key, last + 0 * i, keys, values, softmax_scale,
         )  # fmt: skip
         to = out_ptr + (row * HEADS + head)[:, None] * DIM + d[None, :]
         pages = tl.maximum(last, 0) // PAGE + 1
@@ -100,6 +103,7 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
     """One head at `TOGETHER` positions of one utterance."""
     i, d, head = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, DIM), tl.program_id(1)
     inside, at = i < M, tl.minimum(i, M - 1)
+    kv_head = head // (HEADS // KV_HEADS)
     table = page_ptr + tl.load(owner_ptr + tl.program_id(0) * TOGETHER) * page_stride
     wait(PDL)
     position = tl.load(position_ptr + at)
@@ -111,10 +115,11 @@ def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr
     page = tl.load(table)
     while number * PAGE <= last:
         following = tl.load(table + number + 1, mask=(number + 1) * PAGE <= last, other=0)
-        out, largest, total = _look(
-            q, out, largest, total, number, position, last, page, head // (HEADS // KV_HEADS), key_ptr, value_ptr,
-            softmax_scale, KV_HEADS, DIM, PAGE,
-        )  # fmt: skip
+        key, begin = number * PAGE + tl.arange(0, PAGE), (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE * DIM
+        tile, seen = begin + tl.arange(0, PAGE)[:, None] * DIM + d[None, :], (key <= last)[:, None]
+        keys = tl.load(key_ptr + tile, mask=seen, other=0.0)
+        values = tl.load(value_ptr + tile, mask=seen, other=0.0)
+        out, largest, total = _look(q, out, largest, total, key, position, keys, values, softmax_scale)
         page = following
         number += 1
     let_next_start(PDL)

@@ -4,9 +4,9 @@ Each reads every weight that it needs once for a tile of rows. A product that en
 leaves for the next one what a norm needs: x times its gain, in the products' type, and its tile's sum of squares, from
 which the next one makes the factor of a row. So no norm is a kernel, and none reads all of x.
 
-With programmatic dependent launch the next kernel may start behind the product; before `wait` it may read nothing that
-a kernel wrote. Were it let in sooner, kernels that only wait would take the chip's room from those that run, and from
-other streams.
+With programmatic dependent launch the next kernel may start behind `wait`, or, where tiles are large and not `EARLY`,
+behind the product. Were it let in sooner, kernels that only wait would take the chip's room from those that run, and
+from other streams.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
             HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILES: tl.constexpr,
             TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
             LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            WAYS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+            WAYS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normed x; the first two rotated, the last two stored in their row's page."""
     half: tl.constexpr = DIM // 2
     pairs: tl.constexpr = BN // 2
@@ -182,21 +182,22 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
         n = head * DIM + column // pairs * half + tl.program_id(0) % (half // pairs) * pairs + column % pairs
     scale1, scale2 = _row_scales(scale_ptr, upper, KIND), _row_scales(scale_ptr, lower, KIND)
     bias1, bias2, owner = tl.load(bias_ptr + upper), tl.load(bias_ptr + lower), tl.load(owner_ptr + at)
-    wait(PDL)
-    if WAYS > 1:
-        x = _columns(x_ptr, at, 0, K, WAYS, BK)
-    squares, place = _squares(square_ptr, at, TILES, TILES_PADDED), tl.load(position_ptr + at)
+    place = tl.load(position_ptr + at, cache_modifier=".cg")
     position = tl.maximum(place, 0)
     page = tl.load(page_ptr + owner * page_stride + position // PAGE, mask=place >= 0, other=0).to(tl.int64)
     angle = position[:, None] * half + pair[None, :]
     cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
-    factor = _factor(squares, eps, K)
+    wait(PDL)
+    let_next_start(PDL and EARLY)
+    if WAYS > 1:
+        x = _columns(x_ptr, at, 0, K, WAYS, BK)
+    factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     if WAYS > 1:
         one, two = _times(x, w1), _times(x, w2)
     else:
         one, two = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K,
                                        KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
-    let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     one = one * factor[:, None] * scale1[None, :] + bias1[None, :]
     two = two * factor[:, None] * scale2[None, :] + bias2[None, :]
     if head < HEADS + KV_HEADS:
@@ -218,7 +219,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
 def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
            TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
            BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """silu(gate) * up of the normed x, [M, N]; the weight's first N rows are the gate's."""
     pairs: tl.constexpr = BN // 2
     out = tl.program_id(0) * pairs + tl.arange(0, pairs)
@@ -229,10 +230,11 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
     both = tl.minimum(tl.program_id(0) * pairs + column % pairs, N - 1) + column // pairs * N
     scale1, scale2 = _row_scales(scale_ptr, n, KIND), _row_scales(scale_ptr, N + n, KIND)
     wait(PDL)
+    let_next_start(PDL and EARLY)
     factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     gate, up = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, both, 0, SPAN, K,
                                    KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
-    let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     gate *= factor[:, None] * scale1[None, :]
     up *= factor[:, None] * scale2[None, :]
     result = gate / (1 + tl.exp(-gate)) * up
@@ -258,7 +260,8 @@ def _leave(x, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N: tl.constexpr, TIL
 def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_ptr, gained_ptr, square_ptr, part_ptr,
            count_ptr, M, N: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
            K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr,
+           EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x [M, N] += y [M, K] times the weight, whose columns `SPLITS` programs share; the last to end adds up."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -270,6 +273,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
     row_scale = _row_scales(scale_ptr, row, KIND)
     gain = tl.load(gain_ptr + row)
     wait(PDL)
+    let_next_start(PDL and EARLY)
     if WAYS > 1:
         y = _columns(y_ptr, at, first, K, WAYS, BK)
     x = tl.load(x_ptr + at[:, None] * N + row[None, :])
@@ -278,7 +282,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
     else:
         total = _accumulate(y_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, SPAN, K, KIND,
                             BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     total *= row_scale[None, :]
     if SPLITS == 1:
         _leave(x + total, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N, TILES)
@@ -299,16 +303,17 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
 def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps,
           N: tl.constexpr, TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
           KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr,
-          BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+          BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The normed x of some rows times the weight, [M, N]."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     at, row = tl.load(which_ptr + tl.minimum(m, M - 1)), tl.minimum(n, N - 1)
     row_scale = _row_scales(scale_ptr, row, KIND)
     wait(PDL)
+    let_next_start(PDL and EARLY)
     factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, SPAN, K, KIND, BLOCK,
                         LOOKUP, DOT, BM, BN, BK)  # fmt: skip
-    let_next_start(PDL)
+    let_next_start(PDL and not EARLY)
     total *= row_scale[None, :] * factor[:, None]
     tl.store(out_ptr + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -59,15 +60,15 @@ class Tiles:
     head: Tile
 
 
-def tiles(rows: int, *, together: bool) -> Tiles:
+def tiles(rows: int, *, together: bool, int8: bool) -> Tiles:
     """Measured on an H100 (docs/speed.md)."""
     if not together:
-        m = 16 if rows <= 16 else 32
-        narrow = Tile(16, 16, 1024, 4, 1, ways=4) if m == 16 else Tile(32, 16, 128, 4, 4)
-        return Tiles(
-            qkv=narrow, output=narrow, gate_up=Tile(m, 64, 128, 4, 4), down=Tile(m, 32, 128, 4, 4, splits=4),
-            head=Tile(m, 32, 128, 4, 4),
-        )  # fmt: skip
+        if rows <= 16 or int8:
+            narrow, down = Tile(16, 16, 1024, 4, 1, ways=4), Tile(16, 64, 128, 4, 4, splits=8)
+        else:
+            narrow, down = Tile(32, 16, 128, 4, 4), Tile(32, 32, 128, 4, 4, splits=4)
+        m = narrow.m
+        return Tiles(qkv=narrow, output=narrow, gate_up=Tile(m, 64, 128, 4, 4), down=down, head=Tile(m, 32, 128, 4, 4))
     few = rows <= 128
     return Tiles(
         qkv=Tile(64, 64, 128, 4, 3) if few else Tile(128, 64, 128, 8, 3), output=Tile(64, 32, 128, 4, 3),
@@ -127,8 +128,8 @@ def rows_of(
     """Zeros for passes over as many rows as there are positions."""
     m, heads, device = len(positions), s.heads * s.dim, positions.device
     squares, counts, parts = 0, m * s.kv_heads, 1
-    for rows in range(1, m + 1):
-        t = tiles(rows, together=together)
+    for rows, int8 in product(range(1, m + 1), (True, False)):
+        t = tiles(rows, together=together, int8=int8)
         for tile, k in ((t.output, heads), (t.down, s.inner)):
             squares = max(squares, rows * triton.cdiv(s.hidden, tile.n))
             needed = tile.parts(rows, s.hidden, k)
@@ -151,6 +152,7 @@ class Pass:
 
     together: they come in `TOGETHER` positions of one prompt each; otherwise each is an utterance of its own, none
     beyond the first `pages` of its row.
+    int8: that is how all weights are stored. Reading them twice costs less then than larger tiles do.
     """
 
     rows: int
@@ -158,10 +160,11 @@ class Pass:
     together: bool
     shape: Shape
     pdl: bool
+    int8: bool = False
 
     @property
     def tiles(self) -> Tiles:
-        return tiles(self.rows, together=self.together)
+        return tiles(self.rows, together=self.together, int8=self.int8)
 
     def launch(self, warps: int, stages: int) -> dict[str, Any]:
         return {"PDL": self.pdl, "num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if self.pdl else {})
@@ -171,6 +174,7 @@ class Pass:
         return {
             "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block, "LOOKUP": packed.lookup,
             "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": step,
+            "EARLY": tile.m == 16 and not self.together,
         } | self.launch(tile.warps, tile.stages)  # fmt: skip
 
     def squares(self, producer: Tile) -> dict[str, int]:

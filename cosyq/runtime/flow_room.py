@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from math import prod
 
@@ -9,14 +10,18 @@ import torch
 from torch import Tensor
 
 from cosyq.model.config import FlowConfig
+from cosyq.runtime.transfer import Mark
 
 TOKENS = 32  # what their number is rounded up to, before the first step
+FINE_TOKENS = 512  # beyond so many, four times that
 SEGMENTS = 32  # at most, that an utterance goes on from
 BESIDE_ITS_OWN = 2  # tokens before those of an utterance's frames that matter to them
 
 
 def padded_tokens(count: int) -> int:
-    return -(-count // TOKENS) * TOKENS
+    """Numbers that share graphs: of many tokens few."""
+    step = TOKENS if count <= FINE_TOKENS else 4 * TOKENS
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Sheet:
     """All that a call says, in one piece of memory, so that it is sent to the device as one."""
 
     memory: Tensor  # [n] int32; the rest are views of it
-    now: Tensor  # [2] int64, and the others as `kernels.dit` has them
+    now: Tensor  # [4] int64, the last unused, and the others as `kernels.dit` has them
     pasts: Tensor  # [tiles, 4] int64
     lists: Tensor  # [utterances, segments, 2] int64
     tiles: Tensor  # [tiles, 4] int32
@@ -64,10 +69,10 @@ class Sizes:
     speaker: int
     mel: int
 
-    def sheet(self, frames: int, device: torch.device) -> Sheet:
+    def sheet(self, frames: int, device: torch.device, *, pinned: bool = False) -> Sheet:
         """Of zeros."""
         shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
-            ((2,), torch.int64),
+            ((4,), torch.int64),
             ((self.tiles, 4), torch.int64),
             ((self.utterances, SEGMENTS, 2), torch.int64),
             ((self.tiles, 4), torch.int32),
@@ -77,7 +82,7 @@ class Sizes:
             ((frames, self.mel), torch.float32),
         ]
         counts = [prod(shape) * dtype.itemsize // 4 for shape, dtype in shapes]
-        memory = torch.zeros(sum(counts), dtype=torch.int32, device=device)
+        memory = torch.zeros(sum(counts), dtype=torch.int32, device=device, pin_memory=pinned)
         parts = zip(memory.split(counts), shapes, strict=True)
         return Sheet(memory, *(part.view(dtype).view(shape) for part, (shape, dtype) in parts))
 
@@ -106,16 +111,33 @@ class Room:
             name: torch.zeros(2 * half * width, dtype=torch.float32 if name == "residual" else dtype, device=device)
             for name, width in self._widths.items()
         }
+        self.given = self._memory["given"]  # as a view has it, whose rows lie there from its begin
         self._codes = torch.zeros(2 * half, c.dim, dtype=torch.int8, device=device)
         self._steps = torch.zeros(2 * half, device=device)
-        self._x = torch.zeros(half, c.mel_dim, device=device)
+        self.x = torch.zeros(half, c.mel_dim, device=device)
         tokens = padded_tokens(half // c.token_mel_ratio + utterances * (BESIDE_ITS_OWN + 2 * c.lookahead))
         self.sizes = Sizes(tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
         self.sheet = self.sizes.sheet(half, device)
-        self.encoded = torch.zeros(tokens, c.token_dim, device=device)
-        self.voices = torch.zeros(utterances, c.mel_dim, device=device)
+        # On the host; what one said is sent when its mark is passed.
+        self._blanks: deque[tuple[Sheet, Mark]] = deque()
         angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
+
+    def blank(self) -> Sheet:
+        """To be written on the host, and then sent; of no tokens and no pasts."""
+        if self._blanks and self._blanks[0][1].passed:
+            sheet, _ = self._blanks.popleft()
+        else:
+            sheet = self.sizes.sheet(self.half, torch.device("cpu"), pinned=self.sheet.memory.is_cuda)
+        sheet.tokens.fill_(-1)
+        sheet.pasts.zero_()
+        return sheet
+
+    def send(self, sheet: Sheet, frames: int) -> None:
+        """A blank that was written on, to the device's; so many frames of prompts are on it."""
+        count = len(sheet.memory) - sheet.prompts[frames:].numel()
+        self.sheet.memory[:count].copy_(sheet.memory[:count], non_blocking=True)
+        self._blanks.append((sheet, Mark(self.sheet.memory.device)))
 
     def view(self, half: int, tiles: int) -> View:
         rows, c = 2 * half, self.config
@@ -125,7 +147,7 @@ class Room:
             return self._memory[name][rows * first : rows * (first + width)].view(rows, width)
 
         return View(
-            x=self._x[:half],
+            x=self.x[:half],
             given=part("given", self._widths["given"]),
             residual=part("residual", c.dim),
             normed=part("normed", c.dim),

@@ -48,7 +48,7 @@ class FusedEngine(TorchEngine):
 
     def prepare(self, room: int) -> None:
         self._pasts.room = room - self._solver.unpack(room // 4)
-        self._solver.prepare(self.flow_frames)
+        self._solver.prepare(self.flow_frames, self._noise)
 
     def speech_tokens(
         self, parts: Iterable[Part], *, positions: int, room: int, generator: torch.Generator

@@ -25,14 +25,13 @@ from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
-from cosyq.runtime.flow_room import BESIDE_ITS_OWN, TOKENS, Room, View, padded_tokens
+from cosyq.runtime.flow_room import BESIDE_ITS_OWN, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
-from cosyq.runtime.transfer import send
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
-MANY = 512  # tokens that keep the GPU busy while they are launched one by one
+MANY = 1024  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
@@ -121,7 +120,7 @@ class FusedFlow:
         """
         view, lengths = self._begin(utterances, noise, steps)
         for _ in range(steps):
-            self._launch(lambda: self._step(view), (len(view.x), len(view.tiles)))
+            self._launch(partial(self._step, view), (len(view.x), len(view.tiles)))
         found = zip(view.x[: sum(lengths)].split(lengths), utterances, strict=True)
         return [x[len(u.prompt_mel) + u.sent - u.past_frames :].T.clone() for x, u in found]
 
@@ -149,7 +148,7 @@ class FusedFlow:
         return size
 
     @torch.inference_mode()
-    def prepare(self, frames: int) -> None:
+    def prepare(self, frames: int, noise: Tensor) -> None:
         """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
 
         There is room for longer ones, which would move what was captured, up to twice that.
@@ -160,8 +159,8 @@ class FusedFlow:
         many = 2 * MANY_BESIDE
         room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
         for utterances in (1, MANY_BESIDE, many):
-            for count in range(TOKENS, MANY + 1, TOKENS):
-                self._told(room, count, utterances)
+            for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
+                self._tell(room, count, utterances, noise)
             for half in sorted({_padded(length) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
                 room.sheet.memory.zero_()
@@ -178,9 +177,8 @@ class FusedFlow:
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
         prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
-        sheet = room.sizes.sheet(sum(map(len, prompts)), torch.device("cpu"))
-        sheet.now[0] = self._firsts[steps]
-        sheet.tokens.fill_(-1)
+        sheet = room.blank()
+        sheet.now[0], sheet.now[2] = self._firsts[steps], half
         tile = token = prompt = 0
         for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
             own = u.past_frames // c.token_mel_ratio
@@ -199,12 +197,8 @@ class FusedFlow:
             tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
         sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
-        send(sheet.memory, room.sheet.memory[: len(sheet.memory)])
-        self._told(room, padded_tokens(token - c.lookahead), beside)
-        kernels.enter(
-            view.x, view.given, noise, room.encoded, room.voices, room.sheet.prompts,
-            view.tiles, room.sheet.entries, ratio=c.token_mel_ratio,
-        )  # fmt: skip
+        room.send(sheet, prompt)
+        self._tell(room, padded_tokens(token - c.lookahead), beside, noise)
         return view, lengths
 
     def _reserve(self, half: int, tiles: int, positions: int, utterances: int) -> Room:
@@ -221,20 +215,25 @@ class FusedFlow:
             self._room = room = Room(self.config, frames, count, places, most, self._frequencies, self.dtype)
         return room
 
-    def _told(self, room: Room, count: int, utterances: int) -> None:
-        """What the estimator is told of all tokens and speakers."""
-        work = partial(self._encode, room, count, utterances)
+    def _tell(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
+        """What the estimator is given, of all utterances: as many tokens at most, and what is in the sheet."""
+        work = partial(self._enter, room, count, utterances, noise)
         if count > MANY:
             work()
         else:
-            self._launch(work, ("front", count, utterances))
+            self._launch(work, ("enter", count, utterances, noise.data_ptr()))
 
-    def _encode(self, room: Room, count: int, utterances: int) -> None:
-        front, tokens = self._front, room.sheet.tokens[:count]
+    def _enter(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
+        front, sheet, ratio = self._front, room.sheet, self.config.token_mel_ratio
+        tokens = sheet.tokens[:count]
         there = (tokens >= 0)[:, None]
         embedded = front.token_embedding(tokens.clamp(min=0)).float() * there
-        room.encoded[:count] = look_ahead(front.token_encoder, embedded, there)
-        room.voices[:utterances] = front.voice(room.sheet.speakers[:utterances])
+        encoded = look_ahead(front.token_encoder, embedded, there)
+        voices = front.voice(sheet.speakers[:utterances])
+        tiles = sheet.tiles[: ratio * count // kernels.TILE + 1 + utterances]
+        kernels.enter(
+            room.x, room.given, noise, encoded, voices, sheet.prompts, tiles, sheet.entries, sheet.now, ratio=ratio
+        )
 
     def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
         """Do it, as a graph if it was done before."""
@@ -275,9 +274,9 @@ class FusedFlow:
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
+        pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
         (first, first_bias), (second, second_bias) = self._convolutions
         kernels.begin_step(v.now, self._table, self._row)
-        pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
         kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
         kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cosyq.kernels import decode as step
 from cosyq.kernels import rows as kernels
 from cosyq.kernels.decode import PAGE, Buffers, Geometry, Layer
-from cosyq.kernels.draw import Draws, draw
-from cosyq.kernels.packed import Packed, float_rows, four_bit_rows, int8_rows, stacked
+from cosyq.kernels.draw import KEPT, Draws, draw
+from cosyq.kernels.packed import INT8, Packed, float_rows, four_bit_rows, int8_rows, stacked
 from cosyq.kernels.rows import TOGETHER, Pass, Rows, Shape
 from cosyq.model.config import LLMConfig, SamplingConfig
 from cosyq.model.llm import LanguageModel, rope_tables
@@ -105,6 +105,7 @@ class FusedLM:
         self.config, self.dtype, self.device = llm.config, dtype, llm.norm.weight.device
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
         self.layers = [fused_layer(layer, dtype) for layer in llm.layers]
+        self.int8 = all(w.kind == INT8.value for y in self.layers for w in (y.qkv, y.output, y.gate_up, y.down))
         self.norm = llm.norm.weight.detach().float()
         self.head = packed_rows(llm.head, dtype)
         embedding: Any = llm.speech_embedding
@@ -241,7 +242,7 @@ class FusedForward:
                 step.run_layer(layer, keys, values, b, geometry)
             step.run_head(lm.norm, lm.head, logits, b, geometry)
             return
-        p = Pass(rows, pages, False, self._shape, lm.pdl)
+        p = Pass(rows, pages, False, self._shape, lm.pdl, lm.int8)
         self._run_rows(self._batch, p)
         kernels.run_head(lm.head, self._batch.owners, logits[:rows], self._batch, p)
 
@@ -296,10 +297,11 @@ class FusedDecoder(BatchDecoder):
     def __init__(self, forward: FusedForward, sampling: SamplingConfig, *, longest: int, burst: int = 1):
         with forward.aside():
             super().__init__(forward, sampling, longest=longest, burst=burst)
+            kept = torch.zeros(forward.rows, KEPT, dtype=torch.int64, device=forward.device)
         self._draws = [
             Draws(
                 self.logits, self.uniform, self.recent, self.drawn_count, self.minimum, self.maximum, self.positions,
-                self.finished.view(torch.uint8), drawn,
+                self.finished.view(torch.uint8), drawn, kept,
             )
             for drawn in self.drawn
         ]  # fmt: skip

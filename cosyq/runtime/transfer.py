@@ -14,11 +14,6 @@ def sent(values: Any, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def send(values: Tensor, into: Tensor) -> None:
-    """A tensor of the host, to a place on a device."""
-    into.copy_(values.pin_memory() if into.is_cuda else values, non_blocking=True)
-
-
 class Mark:
     """All that a device was given to do so far, on the caller's current stream."""
 

@@ -125,16 +125,30 @@ def test_head_0_of_queries_and_keys_is_rotated_by_its_place():
     assert_equal_rows(qkv, expected)
 
 
-@pytest.mark.parametrize("blocks", [(dit.EVERYWHERE, dit.EVERYWHERE), (9, dit.EVERYWHERE), (66, 2)], ids=str)
-def test_attention_within_a_sequence_and_up_to_a_block(blocks):
-    qkv, out = rows(3 * DIM), poisoned(2 * HALF, DIM)
+def attended(qkv, blocks):
     expected = []
     for part, block in zip(sequences(qkv), blocks * 2, strict=True):
         q, k, v = part.view(-1, 3, HEADS, D).permute(1, 2, 0, 3)
         mask = block_causal_mask(len(part), block, part.device)
         expected.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).reshape(-1, DIM))
+    return expected
+
+
+@pytest.mark.parametrize("blocks", [(dit.EVERYWHERE, dit.EVERYWHERE), (9, dit.EVERYWHERE), (66, 2)], ids=str)
+def test_attention_within_a_sequence_and_up_to_a_block(blocks):
+    qkv, out = rows(3 * DIM), poisoned(2 * HALF, DIM)
     dit.attend(qkv, tiles(*blocks), no_past(), out, layer=0, heads=HEADS)
-    assert_equal_rows(out, expected)
+    assert_equal_rows(out, attended(qkv, blocks))
+
+
+def test_attention_to_keys_far_above_the_first():
+    """Weights relative to the first keys' would be beyond float32."""
+    qkv, out, everywhere = rows(3 * DIM), poisoned(2 * HALF, DIM), (dit.EVERYWHERE, dit.EVERYWHERE)
+    for part in sequences(qkv):
+        part[dit.KEYS :, DIM : 2 * DIM] *= 100
+    dit.attend(qkv, tiles(*everywhere), no_past(), out, layer=0, heads=HEADS)
+    for found, expected in zip(sequences(out), attended(qkv, everywhere), strict=True):
+        assert relative(found, expected) < 1e-5  # scores are some hundred, with as many digits as others
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -95,7 +95,7 @@ def test_prompts_are_run_together(monkeypatch, fmt):
     """Ragged ones, over several chunks, one of them behind what its row holds already; columns of a product shared."""
     small = kernels.Tile(64, 32, 32, 4, 1)
     shared = kernels.Tiles(small, replace(small, splits=3), small, replace(small, n=16, splits=2), small)
-    monkeypatch.setattr(kernels, "tiles", lambda rows, together: shared)
+    monkeypatch.setattr(kernels, "tiles", lambda rows, **_: shared)
     monkeypatch.setattr(fused_llm, "CHUNK", 48)
     monkeypatch.setattr(fused_llm, "SIZES", (48,))
     llm = language_model(fmt)
@@ -112,6 +112,18 @@ def test_prompts_are_run_together(monkeypatch, fmt):
     ):
         torch.testing.assert_close(found.prefill(shown), expected.prefill(shown))
     ids, positions = torch.tensor([3, 9, 30, 1]), torch.tensor([1, 7, 38, 20])
+    torch.testing.assert_close(found(ids, positions, PAGE), expected(ids, positions, PAGE))
+
+
+@pytest.mark.parametrize("fmt", [Format("int8"), four_bit("nf4", 32)], ids=str)
+def test_more_rows_than_sixteen(fmt):
+    """Of int8 they are two tiles, else one."""
+    llm = language_model(fmt)
+    expected = TorchForward(llm, rows=18, capacity=PAGE)
+    found = FusedForward(FusedLM(llm, torch.float32), rows=18, capacity=PAGE)
+    for row in range(18):
+        found.reserve(row, 1)
+    ids, positions = torch.arange(18), torch.zeros(18, dtype=torch.int64)
     torch.testing.assert_close(found(ids, positions, PAGE), expected(ids, positions, PAGE))
 
 
@@ -199,7 +211,7 @@ def test_logits_that_are_not_finite_are_told():
 
 def test_sampling_is_that_of_the_plain_sampler():
     """Over flat and peaked logits, repeats, and a stop that may not come yet: the same ids of the same numbers."""
-    from cosyq.kernels.draw import Draws, draw
+    from cosyq.kernels.draw import KEPT, Draws, draw
     from cosyq.runtime.batch_sampling import sample_rows
 
     rows, n, vocabulary = 16, 100, 90
@@ -217,7 +229,7 @@ def test_sampling_is_that_of_the_plain_sampler():
         drawn = torch.zeros(rows, dtype=torch.int64)
         draws = Draws(
             logits, uniform, recent.clone(), count.clone(), minimum, count + 5, count + 7,
-            torch.zeros(rows, dtype=torch.uint8), drawn,
+            torch.zeros(rows, dtype=torch.uint8), drawn, torch.zeros(rows, KEPT, dtype=torch.int64),
         )  # fmt: skip
         x, positions = torch.zeros(rows, 8), torch.zeros(rows, dtype=torch.int32)
         embedding = torch.randn(n, 8, generator=generator)
