@@ -6,9 +6,15 @@ tiles of `TILE` rows, int32 [n, 4]: a tile's first row, its sequence's first row
 many frames make a block of block-causal attention (`EVERYWHERE`: all see all). A tile that begins at its end is empty.
 Rows after the last sequence of a half hold anything, and nothing that is read depends on them.
 
-A sequence may go on from frames that are not there any more: `pasts`, int64 [n, 2], says of every tile how many, and
-where what is kept of them begins, of the type of the rows: the last rows that each convolution read [2, branches,
-taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads * d]. Its own rows see all of that.
+A sequence may go on from frames that are not there any more, and leave its own to what will go on from it. What is kept
+of frames that follow each other is a segment, of the type of the rows: at each step, one after another, the last rows
+that each convolution read [2, branches, taps - 1, dim], then keys beside values [layers, branches, frames, 2 * heads *
+d]. `Pasts.table`, int64 [n, 4], says of every tile how many frames came before its sequence, in how many segments,
+where the list of these is (frames and address of each), and the address of one for its sequence's own rows, or 0. A
+sequence's rows see all that came before it.
+
+What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [3], is
+the step's row of the modulation table, and its number, which `guide` counts on; and how many rows a half has.
 
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 
@@ -19,6 +25,7 @@ after `wait`, and `let_next_start` comes after it, so that whatever came before 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +51,21 @@ def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Ten
         table += [(first, start, start + length, block) for first in range(start, start + length, TILE)]
         start += length
     return torch.tensor(table + [(0, 0, 0, 1)] * (tiles - len(table)), dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Pasts:
+    """What sequences go on from, and leave, at one of the steps.
+
+    table: int64 [tiles, 4], see above.
+    now: as above.
+    tails, frame: how many numbers of a step a segment has of what was convolved, and of each frame's keys and values.
+    """
+
+    table: Tensor
+    now: Tensor
+    tails: int
+    frame: int
 
 
 @triton.jit
@@ -183,7 +205,7 @@ def _rotate(
     index = tl.program_id(0) // part
     tile = tiles + index * 4
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    start -= tl.load(pasts + index * 2).to(tl.int32)
+    start -= tl.load(pasts + index * 4).to(tl.int32)
     branch = tl.program_id(2).to(tl.int64) * half
     rows = (first + tl.program_id(0) % part * ROWS + tl.arange(0, ROWS))[:, None]
     live = rows < end
@@ -197,7 +219,7 @@ def _rotate(
     tl.store(at, turned.to(qkv.dtype.element_ty), mask=live)
 
 
-def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Tensor) -> None:
+def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Pasts) -> None:
     """Turn head 0 of queries and keys in place, the only one that learns of positions (see `model.dit.rotate_first`).
 
     qkv [rows, 3 * heads * d]; `rope` is cosines and sines of interleaved pairs, [positions, d / 2] float32.
@@ -205,16 +227,16 @@ def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Tenso
     rows, width = qkv.shape
     d, part = 2 * rope[0].shape[1], 16
     _rotate[(tiles.shape[0] * (TILE // part), 2, 2)](
-        qkv, *rope, tiles, pasts, rows // 2,
+        qkv, *rope, tiles, pasts.table, rows // 2,
         INNER=width // 3, D=d, TILE=TILE, ROWS=part, num_warps=4, **overlapping(qkv.device),
     )  # fmt: skip
 
 
 @triton.jit
-def _kept(pasts, dtype: tl.constexpr):
-    """Where a tile's past is."""
-    where = tl.load(pasts + tl.program_id(0) * 2 + 1).to(tl.pointer_type(dtype))
-    return tl.multiple_of(where, 16)
+def _segment(address, frames, step, KEPT: tl.constexpr, TAILS: tl.constexpr, dtype: tl.constexpr):
+    """What a segment has of a step: TAILS numbers, and KEPT of each frame."""
+    place = address.to(tl.pointer_type(dtype)) + step * (TAILS + frames.to(tl.int64) * KEPT)
+    return tl.multiple_of(place, 16)
 
 
 @triton.jit
@@ -249,9 +271,9 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["layer"])
 def _attend(
-    qkv, out, tiles, pasts, layer, half, scale,
-    TAILS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
-    PDL: tl.constexpr,
+    qkv, out, tiles, pasts, now, layer, half, scale,
+    KEPT: tl.constexpr, TAILS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    KEYS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 4
     first, start, end, block = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -276,13 +298,24 @@ def _attend(
         whole = start + (shared - start) // KEYS * KEYS
         lowest = tl.full([TILE], float("-inf"), tl.float32)
         state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
-        past = tl.load(pasts + tl.program_id(0) * 2).to(tl.int32)
         wide: tl.constexpr = 2 * HEADS * D
-        kept = _kept(pasts, qkv.dtype.element_ty) + TAILS + head * D
-        kept += (layer * 2 + tl.program_id(2)).to(tl.int64) * past * wide
-        all_of_it, groups = tl.zeros([TILE], tl.int32) + past, past // KEYS * KEYS
-        state = _attend_keys(q, kept, kept + HEADS * D, state, all_of_it, 0, groups, wide, scale, False, D, KEYS)
-        state = _attend_keys(q, kept, kept + HEADS * D, state, all_of_it, groups, past, wide, scale, True, D, KEYS)
+        mine = (layer * 2 + tl.program_id(2)).to(tl.int64) * wide  # for each frame of a segment
+        step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
+        into = tl.load(past + 3)
+        if into != 0:
+            kept = _segment(into, end - start, step, KEPT, TAILS, qkv.dtype.element_ty)
+            kept += TAILS + mine * (end - start) + head * D + channel[None, :] + (rows - start)[:, None] * wide
+            own = rows[:, None] * stride + channel[None, :]
+            tl.store(kept, tl.load(keys + own, mask=live), mask=live)
+            tl.store(kept + HEADS * D, tl.load(values + own, mask=live), mask=live)
+        segments = tl.load(past + 2).to(tl.pointer_type(tl.int64))
+        for index in range(0, tl.load(past + 1).to(tl.int32)):
+            frames = tl.load(segments + 2 * index).to(tl.int32)
+            k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
+            k += TAILS + mine * frames + head * D
+            v, all_of_it, groups = k + HEADS * D, tl.zeros([TILE], tl.int32) + frames, frames // KEYS * KEYS
+            state = _attend_keys(q, k, v, state, all_of_it, 0, groups, wide, scale, False, D, KEYS)
+            state = _attend_keys(q, k, v, state, all_of_it, groups, frames, wide, scale, True, D, KEYS)
         state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
         state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
         acc, _, total = state
@@ -290,16 +323,17 @@ def _attend(
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 
 
-def attend(qkv: Tensor, tiles: Tensor, pasts: Tensor, out: Tensor, *, layer: int, tails: int, heads: int) -> None:
-    """Attention of each sequence to its past and to itself, as far as its blocks let it.
+def attend(qkv: Tensor, tiles: Tensor, pasts: Pasts, out: Tensor, *, layer: int, heads: int) -> None:
+    """Attention of each sequence to its past and to itself, as far as its blocks let it; its keys and values are kept.
 
-    qkv [rows, 3 * heads * d], out [rows, heads * d]. `tails`: how much of a past comes before the keys of layer 0.
+    qkv [rows, 3 * heads * d], out [rows, heads * d].
     """
     rows, inner = out.shape
     d = inner // heads
     _attend[(tiles.shape[0], heads, 2)](
-        qkv, out, tiles, pasts, layer, rows // 2, LOG2_E / d**0.5,
-        TAILS=tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS, num_warps=4, num_stages=3, **overlapping(qkv.device),
+        qkv, out, tiles, pasts.table, pasts.now, layer, rows // 2, LOG2_E / d**0.5,
+        KEPT=pasts.frame, TAILS=pasts.tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS,
+        num_warps=4, num_stages=3, **overlapping(qkv.device),
     )  # fmt: skip
 
 
@@ -313,8 +347,8 @@ def _mish(x):
 
 @triton.jit
 def _conv_mish(
-    x, weight, bias, before, out, tiles, pasts, half,
-    WHICH: tl.constexpr, ADD: tl.constexpr, DIM: tl.constexpr,
+    x, weight, bias, before, out, tiles, pasts, now, half,
+    WHICH: tl.constexpr, ADD: tl.constexpr, KEPT: tl.constexpr, TAILS: tl.constexpr, DIM: tl.constexpr,
     GROUP: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 4
@@ -327,13 +361,22 @@ def _conv_mish(
         source = x + branch * DIM + group * GROUP + channel[None, :]
         matrix = weight + group * (TAPS * GROUP * GROUP) + channel[:, None] * GROUP + channel[None, :]
         acc = tl.zeros([TILE, GROUP], tl.float32)
-        if (first == start) & (tl.load(pasts + tl.program_id(0) * 2) > 0):
-            tail = _kept(pasts, x.dtype.element_ty) + (WHICH * 2 + tl.program_id(2)) * ((TAPS - 1) * DIM)
-            kept = tail + group * GROUP + channel[None, :]
+        tail = (WHICH * 2 + tl.program_id(2)) * ((TAPS - 1) * DIM) + group * GROUP + channel[None, :]
+        step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
+        count = tl.load(past + 1)
+        if (first == start) & (count > 0):
+            newest = tl.load(past + 2).to(tl.pointer_type(tl.int64)) + 2 * (count - 1)
+            kept = _segment(tl.load(newest + 1), tl.load(newest), step, KEPT, TAILS, x.dtype.element_ty) + tail
             for tap in range(TAPS - 1):
                 seen = tl.arange(0, TILE) + tap
                 a = tl.load(kept + seen[:, None] * DIM, mask=(seen < TAPS - 1)[:, None], other=0.0)
                 acc = tl.dot(a, tl.load(matrix + tap * (GROUP * GROUP)), acc)
+        into = tl.load(past + 3)
+        if into != 0:
+            kept = _segment(into, end - start, step, KEPT, TAILS, x.dtype.element_ty) + tail
+            place = rows - end + TAPS - 1
+            last = ((place >= 0) & (rows < end))[:, None]
+            tl.store(kept + place[:, None] * DIM, tl.load(source + rows[:, None] * DIM, mask=last), mask=last)
         for tap in range(TAPS):
             seen = rows + (tap - TAPS + 1)
             a = tl.load(source + seen[:, None] * DIM, mask=((seen >= start) & (seen < end))[:, None], other=0.0)
@@ -347,24 +390,80 @@ def _conv_mish(
 
 
 def conv_mish(
-    x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, tiles: Tensor, pasts: Tensor, out: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor, before: Tensor | None, tiles: Tensor, pasts: Pasts, out: Tensor,
     *, which: int,
 ) -> None:  # fmt: skip
-    """Mish of a causal grouped convolution of each sequence, plus `before`; all [rows, dim].
+    """Mish of a causal grouped convolution of each sequence, plus `before`; all [rows, dim]. What it reads is kept.
 
     weight [groups, taps, in, out], the last tap the frame itself. `which` of the two convolutions it is.
     """
     groups, taps, group, _ = weight.shape
     rows, dim = x.shape
     _conv_mish[(tiles.shape[0], groups, 2)](
-        x, weight, bias, x if before is None else before, out, tiles, pasts, rows // 2,
-        WHICH=which, ADD=before is not None, DIM=dim, GROUP=group, TAPS=taps, TILE=TILE, num_warps=4, num_stages=3,
+        x, weight, bias, x if before is None else before, out, tiles, pasts.table, pasts.now, rows // 2,
+        WHICH=which, ADD=before is not None, KEPT=pasts.frame, TAILS=pasts.tails,
+        DIM=dim, GROUP=group, TAPS=taps, TILE=TILE, num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 @triton.jit
+def _enter(
+    x, given, noise, encoded, voices, prompts, tiles, entries, now,
+    RATIO: tl.constexpr, MEL: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tile, entry = tiles + tl.program_id(0) * 4, entries + tl.program_id(0) * 5
+    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    half = tl.load(now + 2)
+    frame, token, prompt = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    shown, voice = tl.load(entry + 3), tl.load(entry + 4)
+    rows = (first + tl.arange(0, TILE))[:, None]
+    at = tl.arange(0, SIZE)[None, :]
+    place, live, conditional = rows - start, rows < end, tl.program_id(1) == 0
+    mel, told = live & (at < MEL), live & (at < TOKEN) & conditional
+    begun = tl.load(noise + (frame + place) * MEL + at, mask=mel)
+    tl.store(x + rows * MEL + at, begun, mask=mel & conditional)
+    known = tl.load(prompts + (prompt + place) * MEL + at, mask=mel & conditional & (place < shown), other=0.0)
+    tokens = tl.load(encoded + (token + place // RATIO) * TOKEN + at, mask=told, other=0.0)
+    speaker = tl.load(voices + voice * MEL + at, mask=(at < MEL) & conditional, other=0.0)
+    into = given + (tl.program_id(1) * half + rows) * (3 * MEL + TOKEN) + at
+    tl.store(into, begun.to(given.dtype.element_ty), mask=mel)
+    tl.store(into + MEL, known.to(given.dtype.element_ty), mask=mel)
+    tl.store(into + 2 * MEL, tokens.to(given.dtype.element_ty), mask=live & (at < TOKEN))
+    tl.store(into + 2 * MEL + TOKEN, (speaker + tl.zeros_like(begun)).to(given.dtype.element_ty), mask=mel)
+
+
+def enter(
+    x: Tensor, given: Tensor, noise: Tensor, encoded: Tensor, voices: Tensor, prompts: Tensor,
+    tiles: Tensor, entries: Tensor, now: Tensor, *, ratio: int,
+) -> None:  # fmt: skip
+    """What the estimator is given at first: x [half, mel] and given [2 * half, mel + mel + token + mel].
+
+    noise [frames, mel], encoded [tokens, token], voices [utterances, mel], prompts [any, mel], all float32. `entries`,
+    int32 [n, 5], says of a tile's sequence: the frame, the token and the row of `prompts` that it begins with, how many
+    of its rows have a prompt, and its voice. `ratio` frames have a token. How many rows a half has says `now`.
+    """
+    mel, token = x.shape[1], encoded.shape[1]
+    _enter[(tiles.shape[0], 2)](
+        x, given, noise, encoded, voices, prompts, tiles, entries, now,
+        RATIO=ratio, MEL=mel, TOKEN=token, SIZE=triton.next_power_of_2(max(mel, token)), TILE=TILE, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _begin_step(now, table, row, width, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(row + at, tl.load(table + tl.load(now) * width + at, mask=at < width), mask=at < width)
+
+
+def begin_step(now: Tensor, table: Tensor, row: Tensor) -> None:
+    """Of table [any, width] the step's row, to `row`."""
+    size = 1024
+    _begin_step[(triton.cdiv(row.numel(), size),)](now, table, row, row.numel(), SIZE=size, num_warps=4)
+
+
+@triton.jit
 def _guide(
-    x, velocity, given, dt, half, guidance,
+    x, velocity, given, dt, now, half, guidance,
     MEL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -377,15 +476,19 @@ def _guide(
     rounded = moved.to(given.dtype.element_ty)
     tl.store(given + rows * WIDTH + at, rounded, mask=there)
     tl.store(given + (half + rows) * WIDTH + at, rounded, mask=there)
+    if tl.program_id(0) == 0:
+        tl.store(now, tl.load(now) + 1)
+        tl.store(now + 1, tl.load(now + 1) + 1)
 
 
-def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, guidance: float) -> None:
+def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, now: Tensor, guidance: float) -> None:
     """One Euler step of the guided velocity: x [half, mel] float32 moves on, and into the first columns of `given`.
 
-    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device.
+    velocity [2 * half, mel]; given [2 * half, any]; dt float32, one number on the device. Then it is the
+    next step's turn.
     """
     half, mel = x.shape
     _guide[(triton.cdiv(half, 8),)](
-        x, velocity, given, dt, half, guidance,
+        x, velocity, given, dt, now, half, guidance,
         MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=triton.next_power_of_2(mel), num_warps=4,
     )  # fmt: skip

@@ -102,9 +102,9 @@ class Flow(nn.Module):
         return torch.cat([prompt, mu, voice.expand(mu.shape[0], -1)], dim=-1)
 
     def voice(self, speaker: Tensor) -> Tensor:
-        """What the estimator is told of a speaker, [mel] float32."""
+        """What the estimator is told of a speaker, or of several, [..., mel] float32."""
         dtype = self.token_encoder.conv1.weight.dtype  # the projection may be packed, and have none
-        return self.speaker_proj(F.normalize(speaker.float(), dim=0).to(dtype)).float()
+        return self.speaker_proj(F.normalize(speaker.float(), dim=-1).to(dtype)).float()
 
     def forward(
         self,

@@ -10,7 +10,7 @@ the memory that a model without quantization needs. `bnb` has bitsandbytes' own 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -26,6 +26,7 @@ from cosyq.model.vocoder import StreamState, Vocoder
 from cosyq.quantize.linear import Matmul, multiplies_bfloat16, weight_bytes
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.decode import Part, Sampler, follow
+from cosyq.runtime.flow_past import FlowState
 from cosyq.runtime.forward import TorchForward
 from cosyq.runtime.sampling import draws, sample
 from cosyq.runtime.schedule import Growth
@@ -49,13 +50,19 @@ VOCODER_FRAMES = 100  # rendered at a time, so that memory does not grow with th
 
 @dataclass(frozen=True)
 class Chunk:
-    """All of an utterance's speech ids so far, to be rendered after the prompt of a voice."""
+    """All of an utterance's speech ids so far, to be rendered after the prompt of a voice.
+
+    sent: the utterance's frames that are not asked for any more.
+    state: what an engine keeps of them, the same for all chunks of an utterance.
+    """
 
     tokens: list[int]
     voice: Voice
     streaming: bool
     final: bool
     steps: int
+    sent: int = 0
+    state: FlowState = field(default_factory=FlowState)
 
     @property
     def ids(self) -> Tensor:
@@ -105,18 +112,18 @@ class Engine(Protocol):
         """Frames of all `tokens` after the voice's prompt, [mel, frames] float32, on the engine's device."""
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
-        """`mel` of several utterances, of the same number of steps, side by side.
+        """`mel` of several utterances, of the same number of steps, side by side: of each what was not sent.
 
         `between` is called between the steps of the work, as far as it is waited for, and may end it by an exception.
         A GPU need not be waited for: what is wrong with a mel may show in what `sound` makes of it.
         """
 
     def frames(self, chunk: Chunk) -> int:
-        """How many the flow computes for a chunk: its own, and of the prompt those that are not kept."""
+        """How many the flow computes for a chunk: its own, and of those before it what is not kept."""
 
     def prepare(self, room: int) -> None:
         """Get ready to speak to many, in at most `room` bytes: weights of the flow that are unpacked, what it needs of
-        the prompts of voices that come again, and what is made once for each length of a chunk."""
+        utterances and of the prompts of voices that come again, and what is made once for each length of a chunk."""
 
     def sound(self, mel: Tensor, state: StreamState, *, final: bool, between: Callable[[], None] = nothing) -> Sound:
         """The next samples of an utterance for its next frames [mel, t], on their way to the host."""
@@ -189,7 +196,7 @@ class TorchEngine:
         return finite(self.mels([Chunk(tokens, voice, streaming, final, steps)])[0])
 
     def mels(self, chunks: Sequence[Chunk], *, between: Callable[[], None] = nothing) -> list[Tensor]:
-        return [solve(self.flow, chunk, self._noise, between=between) for chunk in chunks]
+        return [solve(self.flow, chunk, self._noise, between=between)[:, chunk.sent :] for chunk in chunks]
 
     def frames(self, chunk: Chunk) -> int:
         return self.config.flow.token_mel_ratio * (chunk.voice.prompt_tokens.numel() + len(chunk.tokens))

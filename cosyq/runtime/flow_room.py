@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from cosyq.model.config import FlowConfig
+from cosyq.runtime.transfer import Mark
 
 TOKENS = 32  # what their number is rounded up to, before the first step
+FINE_TOKENS = 512  # beyond so many, four times that
+SEGMENTS = 32  # at most, that an utterance goes on from
+BESIDE_ITS_OWN = 2  # tokens before those of an utterance's frames that matter to them
+
+
+def padded_tokens(count: int) -> int:
+    """Numbers that share graphs: of many tokens few."""
+    step = TOKENS if count <= FINE_TOKENS else 4 * TOKENS
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -29,40 +41,63 @@ class View:
     rope: tuple[Tensor, Tensor]  # [positions, head_dim / 2] float32
     tiles: Tensor
     pasts: Tensor
-
-    def clear(self) -> None:
-        """No condition."""
-        self.given[:, self.x.shape[1] :] = 0
-
-    def begin(self, first: int, frames: slice, noise: Tensor, prompt: Tensor, told: Told) -> None:
-        """Enter some frames of an utterance, from row `first`: their noise, and their condition where there is none."""
-        mel, rows = self.x.shape[1], slice(first, first + frames.stop - frames.start)
-        self.x[rows] = noise[frames]
-        both = self.given.view(2, len(self.x), -1)
-        both[:, rows, :mel] = noise[frames]
-        condition = both[0, rows, mel:]
-        condition[: max(len(prompt) - frames.start, 0), :mel] = prompt[frames]
-        condition[:, mel:-mel] = told.encoded[frames]
-        condition[:, -mel:] = told.voice
+    now: Tensor
 
 
 @dataclass(frozen=True)
-class Told:
-    """An utterance's tokens and speaker, and what the estimator is told of them, float32."""
+class Sheet:
+    """All that a call says, in one piece of memory, so that it is sent to the device as one."""
 
-    tokens: Tensor  # [n] int64, -1 after the last
-    speaker: Tensor  # [speaker_dim]
-    encoded: Tensor  # [n * token_mel_ratio, token_dim]
-    voice: Tensor  # [mel]
+    memory: Tensor  # [n] int32; the rest are views of it
+    now: Tensor  # [4] int64, the last unused, and the others as `kernels.dit` has them
+    pasts: Tensor  # [tiles, 4] int64
+    lists: Tensor  # [utterances, segments, 2] int64
+    tiles: Tensor  # [tiles, 4] int32
+    entries: Tensor  # [tiles, 5] int32
+    tokens: Tensor  # [tokens] int32, -1 where there is none
+    speakers: Tensor  # [utterances, speaker_dim] float32
+    prompts: Tensor  # [frames, mel] float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much there can be in a sheet. Two sheets differ in their prompts' frames only, which come last."""
+
+    tiles: int
+    tokens: int
+    utterances: int
+    speaker: int
+    mel: int
+
+    def sheet(self, frames: int, device: torch.device, *, pinned: bool = False) -> Sheet:
+        """Of zeros."""
+        shapes: list[tuple[tuple[int, ...], torch.dtype]] = [
+            ((4,), torch.int64),
+            ((self.tiles, 4), torch.int64),
+            ((self.utterances, SEGMENTS, 2), torch.int64),
+            ((self.tiles, 4), torch.int32),
+            ((self.tiles, 5), torch.int32),
+            ((self.tokens,), torch.int32),
+            ((self.utterances, self.speaker), torch.float32),
+            ((frames, self.mel), torch.float32),
+        ]
+        counts = [prod(shape) * dtype.itemsize // 4 for shape, dtype in shapes]
+        memory = torch.zeros(sum(counts), dtype=torch.int32, device=device, pin_memory=pinned)
+        parts = zip(memory.split(counts), shapes, strict=True)
+        return Sheet(memory, *(part.view(dtype).view(shape) for part, (shape, dtype) in parts))
 
 
 class Room:
-    """The memory of activations for up to `half` frames, all utterances together, none beyond `positions`."""
+    """The memory of activations for up to `half` frames, all utterances together, none beyond `positions`.
+
+    utterances: at most so many, in at most `tiles`.
+    """
 
     def __init__(
-        self, config: FlowConfig, half: int, tiles: int, positions: int, frequencies: Tensor, dtype: torch.dtype
-    ):
-        self.half, self.tiles, self.positions, self.config = half, tiles, positions, config
+        self, config: FlowConfig, half: int, tiles: int, positions: int, utterances: int,
+        frequencies: Tensor, dtype: torch.dtype,
+    ):  # fmt: skip
+        self.half, self.tiles, self.positions, self.utterances, self.config = half, tiles, positions, utterances, config
         device = frequencies.device
         c, inner = config, config.heads * config.head_dim
         self._widths = {
@@ -76,21 +111,33 @@ class Room:
             name: torch.zeros(2 * half * width, dtype=torch.float32 if name == "residual" else dtype, device=device)
             for name, width in self._widths.items()
         }
+        self.given = self._memory["given"]  # as a view has it, whose rows lie there from its begin
         self._codes = torch.zeros(2 * half, c.dim, dtype=torch.int8, device=device)
         self._steps = torch.zeros(2 * half, device=device)
-        self._x = torch.zeros(half, c.mel_dim, device=device)
-        self._table = torch.zeros(tiles, 4, dtype=torch.int32, device=device)
-        self._pasts = torch.zeros(tiles, 2, dtype=torch.int64, device=device)
-        tokens = -(-(positions // c.token_mel_ratio + c.lookahead) // TOKENS) * TOKENS
-        self._tokens = torch.zeros(tokens, dtype=torch.int64, device=device)
-        self._encoded = torch.zeros(tokens * c.token_mel_ratio, c.token_dim, device=device)
-        self._speaker, self._voice = (torch.zeros(n, device=device) for n in (c.speaker_dim, c.mel_dim))
+        self.x = torch.zeros(half, c.mel_dim, device=device)
+        tokens = padded_tokens(half // c.token_mel_ratio + utterances * (BESIDE_ITS_OWN + 2 * c.lookahead))
+        self.sizes = Sizes(tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
+        self.sheet = self.sizes.sheet(half, device)
+        # On the host; what one said is sent when its mark is passed.
+        self._blanks: deque[tuple[Sheet, Mark]] = deque()
         angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
 
-    def told(self, count: int) -> Told:
-        encoded = self._encoded[: count * self.config.token_mel_ratio]
-        return Told(self._tokens[:count], self._speaker, encoded, self._voice)
+    def blank(self) -> Sheet:
+        """To be written on the host, and then sent; of no tokens and no pasts."""
+        if self._blanks and self._blanks[0][1].passed:
+            sheet, _ = self._blanks.popleft()
+        else:
+            sheet = self.sizes.sheet(self.half, torch.device("cpu"), pinned=self.sheet.memory.is_cuda)
+        sheet.tokens.fill_(-1)
+        sheet.pasts.zero_()
+        return sheet
+
+    def send(self, sheet: Sheet, frames: int) -> None:
+        """A blank that was written on, to the device's; so many frames of prompts are on it."""
+        count = len(sheet.memory) - sheet.prompts[frames:].numel()
+        self.sheet.memory[:count].copy_(sheet.memory[:count], non_blocking=True)
+        self._blanks.append((sheet, Mark(self.sheet.memory.device)))
 
     def view(self, half: int, tiles: int) -> View:
         rows, c = 2 * half, self.config
@@ -100,7 +147,7 @@ class Room:
             return self._memory[name][rows * first : rows * (first + width)].view(rows, width)
 
         return View(
-            x=self._x[:half],
+            x=self.x[:half],
             given=part("given", self._widths["given"]),
             residual=part("residual", c.dim),
             normed=part("normed", c.dim),
@@ -111,6 +158,7 @@ class Room:
             change=part("wide", c.dim, c.ff_dim),
             velocity=part("velocity", c.mel_dim),
             rope=self._rope,
-            tiles=self._table[:tiles],
-            pasts=self._pasts[:tiles],
+            tiles=self.sheet.tiles[:tiles],
+            pasts=self.sheet.pasts[:tiles],
+            now=self.sheet.now,
         )

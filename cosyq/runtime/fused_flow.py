@@ -3,9 +3,9 @@
 A transformer block is four products by cuBLAS and four kernels (`kernels.dit`). The weights stay packed; every
 evaluation unpacks a block into 16-bit scratch, small enough for the second-level cache, and multiplies by that; where
 it is asked for, two of the products take int8 as it is stored (`kernels.flow_products`). One evaluation is a CUDA
-graph, captured while the first of its length runs, so that even a first utterance gains by it. What changes from step
-to step, the timestep's modulation and size, is copied in before each replay. What comes before the first step is a
-graph too: launched one by one, its kernels would take as long as a step of a short utterance.
+graph, captured while the first of its length runs, so that even a first utterance gains by it. It finds on the device
+which step it is, so replays follow one another with nothing between. All that a call says is sent as one copy; what is
+made of that before the first step is a graph too, of all utterances together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,35 +24,40 @@ from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
 from cosyq.model.flow import Flow, time_steps
 from cosyq.quantize.linear import DequantLinear
-from cosyq.runtime.flow_past import Past, tail_numbers
-from cosyq.runtime.flow_room import TOKENS, Room, Told, View
+from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
+from cosyq.runtime.flow_room import BESIDE_ITS_OWN, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
-from cosyq.runtime.transfer import sent
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
-MANY = 512  # tokens that keep the GPU busy while they are launched one by one
+MANY = 1024  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
 GRAPHS = 128  # kept at most
 MANY_BESIDE = 16  # utterances side by side that share graphs, with tiles to spare
-_Keep = tuple[Tensor, Tensor]  # where to put what a `Past` has of a step: its tails, its keys and values
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What `Flow.forward` asks for; tensors on the device. `past` is of its prompt's begin, if that was kept."""
+    """What `Flow.forward` asks for; tensors on the host.
+
+    past: what is kept of its first frames, the prompt's included; at most `SEGMENTS`.
+    into: what is to be kept of the others.
+    sent: frames behind the prompt's that are not asked for any more; `past` has none but those.
+    """
 
     tokens: Tensor
     speaker: Tensor
     prompt_mel: Tensor
     streaming: bool
     final: bool
-    past: Past | None = None
+    past: tuple[Segment, ...] = ()
+    into: Segment | None = None
+    sent: int = 0
 
     @property
     def past_frames(self) -> int:
-        return 0 if self.past is None else self.past.frames
+        return total(self.past)
 
 
 class FusedFlow:
@@ -63,10 +69,11 @@ class FusedFlow:
     def __init__(self, flow: Flow, *, coded: bool = False):
         estimator, self.config = flow.estimator, flow.config
         self.dtype, self.device = estimator.dtype, estimator.proj_out.weight.device
-        self._tables = {
-            int(steps): torch.cat([table.data, torch.tensor(time_steps(int(steps))[1]).to(table)[:, None]], dim=1)
-            for steps, table in flow.adaln.items()
-        }
+        numbers = sorted(int(steps) for steps in flow.adaln)
+        self._firsts = dict(zip(numbers, accumulate(numbers, initial=0), strict=False))  # rows of the table
+        sizes = [torch.tensor(time_steps(steps)[1]).to(flow.adaln[str(steps)])[:, None] for steps in numbers]
+        tables = [torch.cat([flow.adaln[str(n)].data, dt], dim=1) for n, dt in zip(numbers, sizes, strict=True)]
+        self._table = torch.cat(tables)
         self._row = torch.empty(self.config.modulation_width + 1, device=self.device)
         self._frequencies = estimator.rope_frequencies.data.float()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
@@ -103,67 +110,32 @@ class FusedFlow:
 
     @torch.inference_mode()
     def solve(self, utterances: Sequence[Utterance], noise: Tensor, *, steps: int) -> list[Tensor]:
-        """The mel of each utterance after its prompt, [mel, frames - p] float32; arguments as in `Flow.forward`.
+        """The mel of each utterance after its prompt and what was sent, [mel, frames] float32; arguments as in
+        `Flow.forward`. Who goes on from what it keeps must be solved on the same stream.
 
         What an utterance becomes depends on its neighbours by rounding at most.
 
         Raises:
             ValueError: one is longer than the noise.
         """
-        table = self._tables[steps]
-        ratio, ahead = self.config.token_mel_ratio, self.config.lookahead
-        ends = [ratio * (len(u.tokens) - (0 if u.final else ahead)) for u in utterances]
-        longest = max(ends)
-        if longest > noise.shape[0]:
-            raise ValueError(f"{longest} frames asked for, the fixed noise covers {noise.shape[0]}")
-        lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
-        half = _padded(sum(lengths))
-        tiles = _tiles(half, len(utterances))
-        blocks = [self.config.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
-        view = self._view(half, tiles, longest)
-        view.tiles.copy_(sent(kernels.tile_table(lengths, blocks, tiles), self.device))
-        pasts = sent(_past_table([u.past for u in utterances], lengths, tiles, steps), self.device)
-        first = 0
-        view.clear()
-        for u, start, length in zip(utterances, (u.past_frames for u in utterances), lengths, strict=True):
-            told = self._told(u.tokens, u.speaker)
-            view.begin(first, slice(start, start + length), noise, u.prompt_mel, told)
-            first += length
-        for row, past in zip(table, pasts, strict=True):
-            self._row.copy_(row)
-            view.pasts.copy_(past)
-            self._launch(lambda: self._step(view), (half, tiles))
-        found = view.x[: sum(lengths)].split(lengths)
-        return [x[len(u.prompt_mel) - u.past_frames :].T.clone() for x, u in zip(found, utterances, strict=True)]
+        view, lengths = self._begin(utterances, noise, steps)
+        for _ in range(steps):
+            self._launch(partial(self._step, view), (len(view.x), len(view.tiles)))
+        found = zip(view.x[: sum(lengths)].split(lengths), utterances, strict=True)
+        return [x[len(u.prompt_mel) + u.sent - u.past_frames :].T.clone() for x, u in found]
 
-    @torch.inference_mode()
-    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Past:
+    def keep(self, tokens: Tensor, speaker: Tensor, prompt_mel: Tensor, noise: Tensor, *, steps: int) -> Segment:
         """What later calls need of a prompt's frames, which are whole blocks; arguments as in `Flow.forward`.
 
         The last `lookahead` of the tokens are only looked at.
         """
-        frames = self.config.token_mel_ratio * (len(tokens) - self.config.lookahead)
-        half = _padded(frames)
-        tiles = _tiles(half, 1)
-        view = self._view(half, tiles, frames)
-        view.tiles.copy_(sent(kernels.tile_table([frames], [self.config.chunk_frames], tiles), self.device))
-        view.pasts.zero_()
-        view.clear()
-        view.begin(0, slice(0, frames), noise, prompt_mel, self._told(tokens, speaker))
-        past = Past.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
-        now = Past.empty(self.config, frames, 1, dtype=self.dtype, device=self.device)
-        keep = now.tails(self.config, 0), now.keys_and_values(self.config, 0)
-        graph = None
-        for step, row in enumerate(self._tables[steps]):
-            self._row.copy_(row)
-            if graph is not None:
-                graph.replay()
-            elif self._stream is not None:
-                graph = self._do_and_capture(lambda: self._step(view, keep), self._stream)
-            else:
-                self._step(view, keep)
-            past.memory[step].copy_(now.memory[0])
-        return past
+        into = self.segment(len(prompt_mel), steps)
+        self.solve([Utterance(tokens, speaker, prompt_mel, True, False, into=into)], noise, steps=steps)
+        return into
+
+    def segment(self, frames: int, steps: int) -> Segment:
+        """For what is to be kept."""
+        return Segment.empty(self.config, frames, steps, dtype=self.dtype, device=self.device)
 
     def unpack(self, room: int) -> int:
         """Unpack the weights for good, if they fit `room` bytes; returns the bytes taken. The mel is the same."""
@@ -176,7 +148,7 @@ class FusedFlow:
         return size
 
     @torch.inference_mode()
-    def prepare(self, frames: int) -> None:
+    def prepare(self, frames: int, noise: Tensor) -> None:
         """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
 
         There is room for longer ones, which would move what was captured, up to twice that.
@@ -184,49 +156,84 @@ class FusedFlow:
         if self._stream is None:
             return
         most = 2 * _padded(frames)
-        self._view(most, _tiles(most, MANY_BESIDE), self.config.noise_frames)
-        for count in range(TOKENS, MANY + 1, TOKENS):
-            self._told(torch.zeros(count, dtype=torch.int64), torch.ones(self.config.speaker_dim))
-        for half in sorted({_padded(length) for length in range(1, frames + 1)}):
-            for utterances in (1, MANY_BESIDE):
-                tiles = _tiles(half, utterances)
-                view = self._view(half, tiles, half)
-                view.tiles.zero_()
-                view.clear()
-                self._row.zero_()
-                self._launch(partial(self._step, view), (half, tiles))
+        many = 2 * MANY_BESIDE
+        room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
+        for utterances in (1, MANY_BESIDE, many):
+            for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
+                self._tell(room, count, utterances, noise)
+            for half in sorted({_padded(length) for length in range(1, frames + 1)}):
+                view = room.view(half, _tiles(half, utterances))
+                room.sheet.memory.zero_()
+                self._launch(partial(self._step, view), (half, len(view.tiles)))
 
-    def _view(self, half: int, tiles: int, positions: int) -> View:
+    def _begin(self, utterances: Sequence[Utterance], noise: Tensor, steps: int) -> tuple[View, list[int]]:
+        """All that comes before the first step, and how many frames each utterance has in the view."""
+        c = self.config
+        ends = [c.token_mel_ratio * (len(u.tokens) - (0 if u.final else c.lookahead)) for u in utterances]
+        if max(ends) > noise.shape[0]:
+            raise ValueError(f"{max(ends)} frames asked for, the fixed noise covers {noise.shape[0]}")
+        lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
+        half, beside = _padded(sum(lengths)), _beside(len(utterances))
+        room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
+        view = room.view(half, _tiles(half, len(utterances)))
+        prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
+        sheet = room.blank()
+        sheet.now[0], sheet.now[2] = self._firsts[steps], half
+        tile = token = prompt = 0
+        for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
+            own = u.past_frames // c.token_mel_ratio
+            tokens = u.tokens[max(own - BESIDE_ITS_OWN, 0) :]
+            sheet.tokens[token : token + len(tokens)] = tokens
+            sheet.speakers[index] = u.speaker
+            sheet.prompts[prompt : prompt + len(mel)] = mel
+            of_it = slice(tile, tile + -(-length // kernels.TILE))
+            begins = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt
+            sheet.entries[of_it] = torch.tensor([*begins, len(mel), index], dtype=torch.int32)
+            for place, segment in enumerate(u.past):
+                sheet.lists[index, place] = torch.tensor([segment.frames, segment.memory.data_ptr()])
+            into = u.into.memory.data_ptr() if u.into is not None else 0
+            listed = room.sheet.lists[index].data_ptr()
+            sheet.pasts[of_it] = torch.tensor([u.past_frames, len(u.past), listed, into])
+            tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
+        blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
+        sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
+        room.send(sheet, prompt)
+        self._tell(room, padded_tokens(token - c.lookahead), beside, noise)
+        return view, lengths
+
+    def _reserve(self, half: int, tiles: int, positions: int, utterances: int) -> Room:
         room = self._room
-        if room is None or half > room.half or tiles > room.tiles or positions > room.positions:
+        asked = (half, tiles, positions, utterances)
+        there = (room.half, room.tiles, room.positions, room.utterances) if room else (0, 0, 0, 0)
+        if room is None or any(a > b for a, b in zip(asked, there, strict=True)):
             self._forget(len(self._graphs))  # they hold addresses
-            frames = max(-(-half // ROOM) * ROOM, room.half if room else 0)
-            count = max(2 * frames // kernels.TILE, tiles, room.tiles if room else 0)
-            places = max(frames, -(-positions // ROOM) * ROOM, room.positions if room else 0)
+            frames = max(-(-half // ROOM) * ROOM, there[0])
+            count = max(2 * frames // kernels.TILE, tiles, there[1])
+            places = max(frames, -(-positions // ROOM) * ROOM, there[2])
+            most = max(utterances, there[3])
             self._room = room = None  # freed before its successor is allocated
-            self._room = room = Room(self.config, frames, count, places, self._frequencies, self.dtype)
-        return room.view(half, tiles)
+            self._room = room = Room(self.config, frames, count, places, most, self._frequencies, self.dtype)
+        return room
 
-    def _told(self, tokens: Tensor, speaker: Tensor) -> Told:
-        """What the front makes of an utterance; valid until the next one's."""
-        assert self._room is not None
-        count = -(-len(tokens) // TOKENS) * TOKENS
-        told = self._room.told(count)
-        told.tokens[: len(tokens)] = tokens
-        told.tokens[len(tokens) :] = -1
-        told.speaker.copy_(speaker)
+    def _tell(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
+        """What the estimator is given, of all utterances: as many tokens at most, and what is in the sheet."""
+        work = partial(self._enter, room, count, utterances, noise)
         if count > MANY:
-            self._encode(told)
+            work()
         else:
-            self._launch(lambda: self._encode(told), ("front", count))
-        return told
+            self._launch(work, ("enter", count, utterances, noise.data_ptr()))
 
-    def _encode(self, told: Told) -> None:
-        front, there = self._front, (told.tokens >= 0)[:, None]
-        embedded = front.token_embedding(told.tokens.clamp(min=0)).float() * there
-        encoded = look_ahead(front.token_encoder, embedded)  # zeros follow the last token, one way or the other
-        told.encoded.copy_(encoded.repeat_interleave(self.config.token_mel_ratio, dim=0))
-        told.voice.copy_(front.voice(told.speaker))
+    def _enter(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
+        front, sheet, ratio = self._front, room.sheet, self.config.token_mel_ratio
+        tokens = sheet.tokens[:count]
+        there = (tokens >= 0)[:, None]
+        embedded = front.token_embedding(tokens.clamp(min=0)).float() * there
+        encoded = look_ahead(front.token_encoder, embedded, there)
+        voices = front.voice(sheet.speakers[:utterances])
+        tiles = sheet.tiles[: ratio * count // kernels.TILE + 1 + utterances]
+        kernels.enter(
+            room.x, room.given, noise, encoded, voices, sheet.prompts, tiles, sheet.entries, sheet.now, ratio=ratio
+        )
 
     def _launch(self, work: Callable[[], None], key: tuple[Any, ...]) -> None:
         """Do it, as a graph if it was done before."""
@@ -262,22 +269,17 @@ class FusedFlow:
         for key in list(self._graphs)[:graphs]:
             del self._graphs[key]
 
-    def _step(self, v: View, keep: _Keep | None = None) -> None:
-        """x moves by one step of the timestep in `_row`.
-
-        keep: of a sequence that is alone.
-        """
+    def _step(self, v: View) -> None:
+        """x moves by one step, of the timestep whose turn it is."""
         c, blocks = self.config, self._blocks
         rows = self._row[: 6 * c.depth * c.dim].view(c.depth, 6, c.dim)
         last_scale, last_shift, dt = self._row[6 * c.depth * c.dim :].split([c.dim, c.dim, 1])
+        pasts = kernels.Pasts(v.pasts, v.now, tail_numbers(c), frame_numbers(c))
         (first, first_bias), (second, second_bias) = self._convolutions
+        kernels.begin_step(v.now, self._table, self._row)
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
-        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, v.pasts, v.normed, which=0)
-        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, v.pasts, v.residual, which=1)
-        if keep is not None:
-            tails, frames = keep[0], keep[1].shape[2]
-            for tail, read in zip(tails, (v.change, v.normed), strict=True):
-                tail.copy_(_branches(read, frames)[:, frames - tail.shape[1] :])
+        kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
+        kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
         kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
@@ -286,10 +288,8 @@ class FusedFlow:
                 times_codes(v.coded, block.qkv.matrix, block.qkv_bias, v.qkv)
             else:
                 _product(v.normed, block.qkv, block.qkv_bias, v.qkv)
-            kernels.rotate(v.qkv, v.rope, v.tiles, v.pasts)
-            if keep is not None:
-                keep[1][index].copy_(_branches(v.qkv, keep[1].shape[2])[:, :, c.heads * c.head_dim :])
-            kernels.attend(v.qkv, v.tiles, v.pasts, v.context, layer=index, tails=tail_numbers(c), heads=c.heads)
+            kernels.rotate(v.qkv, v.rope, v.tiles, pasts)
+            kernels.attend(v.qkv, v.tiles, pasts, v.context, layer=index, heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
             kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
@@ -302,7 +302,7 @@ class FusedFlow:
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
             kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
-        kernels.guide(v.x, v.velocity, v.given, dt, c.guidance)
+        kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 
 
 def _padded(frames: int) -> int:
@@ -311,28 +311,14 @@ def _padded(frames: int) -> int:
     return -(-frames // step) * step
 
 
+def _beside(utterances: int) -> int:
+    """Numbers of utterances that share graphs."""
+    return 1 if utterances == 1 else max(MANY_BESIDE, 1 << (utterances - 1).bit_length())
+
+
 def _tiles(half: int, utterances: int) -> int:
     """At least as many as so many utterances have, the last of each perhaps not full."""
-    spare = 1 if utterances == 1 else max(MANY_BESIDE, 1 << (utterances - 1).bit_length())
-    return half // kernels.TILE + spare
-
-
-def _past_table(pasts: Sequence[Past | None], lengths: Sequence[int], tiles: int, steps: int) -> Tensor:
-    """`kernels.dit`'s of every step, [steps, tiles, 2] int64 on the host."""
-    table = torch.zeros(steps, tiles, 2, dtype=torch.int64)
-    first = 0
-    for past, length in zip(pasts, lengths, strict=True):
-        last = first + -(-length // kernels.TILE)
-        if past is not None:
-            table[:, first:last, 0] = past.frames
-            table[:, first:last, 1] = torch.tensor([past.address(step) for step in range(steps)])[:, None]
-        first = last
-    return table
-
-
-def _branches(rows: Tensor, frames: int) -> Tensor:
-    """The first frames of each half of rows [n, width], [2, frames, width]."""
-    return rows.view(2, -1, rows.shape[1])[:, :frames]
+    return half // kernels.TILE + _beside(utterances)
 
 
 def _input(v: View, weight: Tensor | Codes) -> Tensor | tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from cosyq.model.flow import nothing
 from cosyq.model.vocoder import StreamState
 from cosyq.runtime.decode import Silence
 from cosyq.runtime.engine import Chunk, Engine
+from cosyq.runtime.flow_past import FlowState
 from cosyq.runtime.schedule import chunk_ends, shown_prompt
 from cosyq.runtime.sound import Sound
 from cosyq.runtime.speed import Pace
@@ -32,7 +33,7 @@ class Rendering:
         self._ends = chunk_ends(self._voice.prompt_tokens.numel(), block, engine.growth)
         self._end, self._lookahead = next(self._ends), flow.lookahead
         self._silence = Silence(engine.config.llm.silent_tokens)
-        self._state, self._pace = StreamState(), Pace(speed)
+        self._state, self._pace, self._flow = StreamState(), Pace(speed), FlowState()
         self._tokens: list[int] = []
         self._sent = 0  # frames of the flow that were passed on
         self._ended = False
@@ -59,7 +60,7 @@ class Rendering:
         count = self.due
         assert count is not None
         final = count < self._end + self._lookahead
-        return Chunk(self._tokens[:count], self._voice, True, final, self.steps)
+        return Chunk(self._tokens[:count], self._voice, True, final, self.steps, self._sent, self._flow)
 
     @property
     def frames(self) -> int:
@@ -72,14 +73,19 @@ class Rendering:
         return self.take(mel).samples().numpy()
 
     def take(self, mel: Tensor, between: Callable[[], None] = nothing) -> Sound:
-        """What becomes of the chunk that is due, by the flow's mel for it; the next one may be asked for at once.
+        """What becomes of the chunk that is due, by the flow's new frames; the next one may be asked for at once.
 
         `between` is called between the steps of the work, and may end it by an exception.
         """
         final = self.chunk.final
-        frames = self._pace.frames(mel[:, self._sent :])
-        sound = self._engine.sound(frames, self._state, final=final, between=between)
-        self._sent, self.over = mel.shape[1], final
-        if not final:
+        sound = self._engine.sound(self._pace.frames(mel), self._state, final=final, between=between)
+        self._sent, self.over = self._sent + mel.shape[1], final
+        if final:
+            self.forget()
+        else:
             self._end = next(self._ends)
         return sound
+
+    def forget(self) -> None:
+        """Nothing more is rendered: what the flow keeps of it is given back, whoever else knows this object."""
+        self._flow.segments = ()

@@ -16,6 +16,7 @@ from cosyq.model.vocoder import StreamState
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.decode import Part
 from cosyq.runtime.engine import Chunk, TorchEngine
+from cosyq.runtime.rendering import Rendering
 from cosyq.voices.voice import load_voice
 
 pytestmark = [
@@ -167,14 +168,14 @@ def test_made_ready_for_many_it_says_the_same(engines, voice):
     fused = engines[0]
     chunk = Chunk(list(range(0, 3300, 100)), voice, True, False, 10)
     before = fused.mels([chunk])[0]
-    fused.prepare(1 << 30)
+    fused.prepare(2 << 30)
     assert relative(fused.mels([chunk])[0], before) == 0
 
 
 def test_a_voice_that_comes_again_costs_its_own_frames(engines, voice):
     """The third chunk goes on from what the second one kept."""
     fused, exact, plain = engines
-    fused.prepare(1 << 30)
+    fused.prepare(2 << 30)
     chunk = Chunk(list(range(0, 3200, 100)), voice.ending(74), True, False, 10)  # not asked for before
     wanted, rounded = (e.mels([chunk])[0] for e in (exact, plain))
     bound = 1.5 * relative(rounded, wanted) + 1e-3
@@ -183,3 +184,27 @@ def test_a_voice_that_comes_again_costs_its_own_frames(engines, voice):
         assert relative(fused.mels([chunk])[0], wanted) < bound
         frames.append(fused.frames(chunk))
     assert [before - frames[0] for before in frames] == [0, 0, -100, -100]
+
+
+def test_memory_that_an_utterance_held_comes_back(engines, voice):
+    """For the next one, at its last chunk or when it is given up, though what was launched still reads it."""
+    fused = engines[0]
+    fused.prepare(2 << 30)
+    mels, held = [], []
+    for _ in range(3):  # the prompt is kept from the second time on
+        found = []
+        for chunks in (2, 4):
+            rendering = Rendering(fused, voice, steps=10, speed=1.0)
+            rendering.add(range(0, 6000, 40))
+            rendering.end()
+            for _ in range(chunks):
+                chunk = rendering.chunk
+                found += fused.mels([chunk])
+                rendering.take(found[-1])
+                assert rendering.over or chunk.state.frames == 2 * (chunk.ids.numel() - 3)
+            rendering.forget()
+            assert not chunk.state.segments
+        mels.append(torch.cat(found, dim=1))
+        held.append(torch.cuda.memory_allocated())
+    assert held[2] - held[1] < 2**20
+    assert torch.equal(mels[1], mels[2])

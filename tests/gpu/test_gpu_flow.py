@@ -93,10 +93,30 @@ def test_a_kept_prompt_changes_nothing_but_roundings(coded, noise):
     fused, u = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA), coded=coded), streamed()
     expected = called(fused, u, noise)
     past = fused.keep(u.tokens[:78], u.speaker, u.prompt_mel[:150], noise, steps=10)
-    asked = [offline(), replace(u, past=past)]
+    asked = [offline(), replace(u, past=(past,))]
     first, again = (fused.solve(asked, noise, steps=10)[1] for _ in range(2))
     assert torch.equal(first, again)
     assert distance(first, expected) < 0.02
+
+
+def test_chunks_go_on_from_each_other(noise):
+    """Each costs only itself; together they are what one block-causal pass makes of the utterance, but for roundings."""
+    fused = FusedFlow(random_flow(FORMATS[0], torch.bfloat16, CUDA))
+    u, other = utterance(215, 65, streaming=True, final=True), utterance(140, 30, streaming=True, final=True)
+    expected, beside = called(fused, u, noise), called(fused, other, noise)
+    past, parts = (), []
+    for tokens in (75, 100, 200, None):
+        frames = 2 * (tokens or 215) - sum(segment.frames for segment in past)
+        chunk = replace(u, past=past, sent=sum(part.shape[1] for part in parts))
+        if tokens:
+            into = fused.segment(frames, 10)
+            chunk = replace(chunk, tokens=u.tokens[: tokens + 3], final=False, into=into)
+            past = (*past, into)
+        found = fused.solve([other, chunk], noise, steps=10)
+        assert distance(found[0], beside) < 0.02
+        parts.append(found[1])
+    assert [part.shape[1] for part in parts] == [20, 50, 200, 30]
+    assert distance(torch.cat(parts, dim=1), expected) < 0.02
 
 
 def test_graphs_outlive_neither_their_memory_nor_each_other(noise):

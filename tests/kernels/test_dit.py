@@ -26,8 +26,12 @@ def tiles(*blocks):
     return dit.tile_table(LENGTHS, blocks, 5)  # three, and two empty ones
 
 
+def pasts(*rows, step=0, tails=0, frame=0):
+    return dit.Pasts(torch.tensor(rows), torch.tensor([0, step]), tails, frame)
+
+
 def no_past():
-    return torch.zeros(5, 2, dtype=torch.int64)
+    return pasts(*[(0, 0, 0, 0)] * 5)
 
 
 def sequences(x):
@@ -121,16 +125,30 @@ def test_head_0_of_queries_and_keys_is_rotated_by_its_place():
     assert_equal_rows(qkv, expected)
 
 
-@pytest.mark.parametrize("blocks", [(dit.EVERYWHERE, dit.EVERYWHERE), (9, dit.EVERYWHERE), (66, 2)], ids=str)
-def test_attention_within_a_sequence_and_up_to_a_block(blocks):
-    qkv, out = rows(3 * DIM), poisoned(2 * HALF, DIM)
+def attended(qkv, blocks):
     expected = []
     for part, block in zip(sequences(qkv), blocks * 2, strict=True):
         q, k, v = part.view(-1, 3, HEADS, D).permute(1, 2, 0, 3)
         mask = block_causal_mask(len(part), block, part.device)
         expected.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).reshape(-1, DIM))
-    dit.attend(qkv, tiles(*blocks), no_past(), out, layer=0, tails=0, heads=HEADS)
-    assert_equal_rows(out, expected)
+    return expected
+
+
+@pytest.mark.parametrize("blocks", [(dit.EVERYWHERE, dit.EVERYWHERE), (9, dit.EVERYWHERE), (66, 2)], ids=str)
+def test_attention_within_a_sequence_and_up_to_a_block(blocks):
+    qkv, out = rows(3 * DIM), poisoned(2 * HALF, DIM)
+    dit.attend(qkv, tiles(*blocks), no_past(), out, layer=0, heads=HEADS)
+    assert_equal_rows(out, attended(qkv, blocks))
+
+
+def test_attention_to_keys_far_above_the_first():
+    """Weights relative to the first keys' would be beyond float32."""
+    qkv, out, everywhere = rows(3 * DIM), poisoned(2 * HALF, DIM), (dit.EVERYWHERE, dit.EVERYWHERE)
+    for part in sequences(qkv):
+        part[dit.KEYS :, DIM : 2 * DIM] *= 100
+    dit.attend(qkv, tiles(*everywhere), no_past(), out, layer=0, heads=HEADS)
+    for found, expected in zip(sequences(out), attended(qkv, everywhere), strict=True):
+        assert relative(found, expected) < 1e-5  # scores are some hundred, with as many digits as others
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -155,50 +173,62 @@ def test_mish_of_large_numbers():
     assert relative(out, F.mish(x)) < EXACT
 
 
+def test_a_step_finds_what_is_of_it():
+    """More numbers than one program copies."""
+    table, row = torch.randn(4, 1100), poisoned(1100)
+    dit.begin_step(torch.tensor([3, 1]), table, row)
+    assert torch.equal(row, table[3])
+
+
 def test_guided_step():
     x, velocity, given = torch.randn(10, 12), torch.randn(20, 12), torch.randn(20, 30)
     kept, conditional, free = given[:, 12:].clone(), velocity[:10], velocity[10:]
     expected = x + 0.3 * (1.7 * conditional - 0.7 * free)
-    dit.guide(x, velocity, given, torch.tensor([0.3]), 0.7)
+    now = torch.tensor([5, 2])
+    dit.guide(x, velocity, given, torch.tensor([0.3]), now, 0.7)
+    assert now.tolist() == [6, 3]
     assert relative(x, expected) < EXACT
     assert torch.equal(given[:, :12], torch.cat([x, x]))
     assert torch.equal(given[:, 12:], kept)
 
 
-def test_rows_go_on_from_what_is_kept():
-    """The second of two sequences without its first 20 frames equals it with them: places, keys and what is convolved."""
-    layers, past, taps, groups = 2, 20, 5, 2
-    group = DIM // groups
-    length = 70
-    inputs, qkvs, frequencies = (
-        torch.randn(2, 2, length, DIM),
-        torch.randn(layers, 2, length, 3 * DIM),
-        torch.rand(D // 2),
-    )
-    weight, bias = torch.randn(groups, taps, group, group), torch.randn(DIM)
-    angles = torch.outer(torch.arange(HALF).float(), frequencies)
+def test_rows_go_on_from_what_is_kept_and_leave_their_own():
+    """The second of two sequences, all at once and in three pieces: places, keys and what is convolved.
 
-    def run(which, layer, first, pasts):
-        """Both kernels over frames from `first` on, behind another sequence of five."""
-        x, qkv = torch.randn(2 * HALF, DIM), torch.randn(2 * HALF, 3 * DIM)
-        for branch in range(2):
-            at = branch * HALF + 5
-            x[at : at + length - first] = inputs[which, branch, first:]
-            qkv[at : at + length - first] = qkvs[layer, branch, first:]
-        table = dit.tile_table([5, length - first], [dit.EVERYWHERE, 10], 4)
-        convolved, attended = poisoned(2 * HALF, DIM), poisoned(2 * HALF, DIM)
-        dit.conv_mish(x, weight, bias, None, table, pasts, convolved, which=which)
-        dit.rotate(qkv, (angles.cos(), angles.sin()), table, pasts)
-        dit.attend(qkv, table, pasts, attended, layer=layer, tails=tails.numel(), heads=HEADS)
-        mine = [t.view(2, HALF, -1)[:, 5 : 5 + length - first] for t in (convolved, attended, qkv)]
-        return [t[:, -(length - past) :] for t in mine], mine[2]
+    The pieces are two tiles, less than one, and what is kept of neither; the first step's place in memory is spoiled.
+    """
+    layers, pieces, taps, groups, step = 2, (70, 20, 10), 5, 2, 1
+    group, length = DIM // groups, sum(pieces)
+    inputs, qkvs = torch.randn(2, 2, length, DIM), torch.randn(layers, 2, length, 3 * DIM)
+    weight, bias, frequencies = torch.randn(groups, taps, group, group), torch.randn(DIM), torch.rand(D // 2)
+    angles = torch.outer(torch.arange(length).float(), frequencies)
+    sizes = {"tails": 2 * 2 * (taps - 1) * DIM, "frame": layers * 2 * 2 * DIM}
 
-    tails = torch.stack([inputs[which][:, past - taps + 1 : past] for which in range(2)])
-    nothing = torch.zeros(4, 2, dtype=torch.int64)
-    keys = torch.stack([run(0, layer, 0, nothing)[1][:, :past, DIM:] for layer in range(layers)])
-    memory = torch.cat([tails.flatten(), keys.flatten()])
-    pasts = torch.tensor([[0, 0], [past, memory.data_ptr()], [past, memory.data_ptr()], [0, 0]])
-    for which, layer in ((0, 1), (1, 0)):
-        whole, rest = run(which, layer, 0, nothing)[0], run(which, layer, past, pasts)[0]
-        for found, expected in zip(rest, whole, strict=True):
-            assert relative(found, expected) < EXACT
+    def run(first, count, segments, into=None):
+        """All kernels over some frames, of each convolution and layer, behind another sequence of five."""
+        half, found = 5 + count, []
+        listed = torch.tensor([(frames, memory.data_ptr()) for frames, memory in segments], dtype=torch.int64)
+        mine = [first, len(segments), listed.data_ptr(), into.data_ptr() if into is not None else 0]
+        table = dit.tile_table([5, count], [dit.EVERYWHERE, 10], 5)
+        past = pasts(*[[0, 0, 0, 0] if t[1] == 0 else mine for t in table.tolist()], step=step, **sizes)
+        for which, layer in ((0, 1), (1, 0)):
+            x, qkv = torch.randn(2 * half, DIM), torch.randn(2 * half, 3 * DIM)
+            x.view(2, half, -1)[:, 5:] = inputs[which, :, first : first + count]
+            qkv.view(2, half, -1)[:, 5:] = qkvs[layer, :, first : first + count]
+            convolved, attended = poisoned(2 * half, DIM), poisoned(2 * half, DIM)
+            dit.conv_mish(x, weight, bias, None, table, past, convolved, which=which)
+            dit.rotate(qkv, (angles.cos(), angles.sin()), table, past)
+            dit.attend(qkv, table, past, attended, layer=layer, heads=HEADS)
+            found.append(torch.cat([t.view(2, half, -1)[:, 5:] for t in (convolved, attended)], dim=2))
+        return torch.stack(found)
+
+    segments, parts, first = [], [], 0
+    for count in pieces:
+        into = poisoned(2, sizes["tails"] + count * sizes["frame"])
+        parts.append(run(first, count, segments, into if first + count < length else None))
+        segments.append((count, into))
+        first += count
+    assert relative(torch.cat(parts, dim=2), run(0, length, [])) < EXACT
+    for _, memory in segments[:2]:
+        assert memory[0].isnan().all()
+        assert not memory[1].isnan().any()

@@ -13,7 +13,7 @@ from cosyq.model.flow import Flow, start_noise
 from cosyq.quantize.formats import Format, four_bit
 from cosyq.quantize.linear import DequantLinear
 from cosyq.quantize.pack import pack
-from cosyq.runtime.flow_past import Past, Pasts, numbers, whole_blocks
+from cosyq.runtime.flow_past import Pasts, Segment, numbers, whole_blocks
 from cosyq.runtime.flow_weights import PackedRun
 from cosyq.runtime.fused_flow import FusedFlow, Utterance
 
@@ -102,10 +102,43 @@ def test_goes_on_from_what_is_kept_of_a_prompt():
     assert frames == 20
     past = fused.keep(kept.tokens[: 10 + 3], kept.speaker, kept.prompt_mel[:frames], noise, steps=2)
     assert past.memory.shape == (2, numbers(SMALL, frames))
-    asked = [STREAMED, replace(kept, past=past), other]
+    asked = [STREAMED, replace(kept, past=(past,)), other]
     for _ in range(2):
         for found, u in zip(fused.solve(asked, noise, steps=2), asked, strict=True):
             assert relative(found, called(plain, u)) < EXACT
+
+
+def upto(u, tokens, *, final=False):
+    """A stream's chunk: an utterance as far as so many of its tokens, the prompt's included."""
+    return replace(u, tokens=u.tokens[:tokens], final=final)
+
+
+@pytest.mark.usefixtures("few_tiles")
+def test_chunks_go_on_from_each_other():
+    """Streams side by side: one behind a kept prompt, one without, one that had no room for its second chunk; together
+    they are what one block-causal pass makes of each. Beside them one that keeps nothing."""
+    plain, fused, noise = network(INT8), FusedFlow(network(INT8)), start_noise(SMALL)
+    first, second, third = (
+        utterance(tokens, prompt, streaming=True, final=True) for tokens, prompt in ((27, 14), (28, 2), (26, 9))
+    )
+    prompt = fused.keep(first.tokens[: 10 + 3], first.speaker, first.prompt_mel[:20], noise, steps=2)
+    pasts, parts, beside = [(prompt,), (), ()], [[], [], []], called(plain, OFFLINE)
+    for tokens, unkept in ((15 + 3, None), (20 + 3, 2), (25 + 3, None), (None, None)):
+        chunks = []
+        for index, u in enumerate((first, second, third)):
+            past, sent = pasts[index], sum(part.shape[1] for part in parts[index])
+            chunk = upto(u, tokens, final=tokens is None or tokens > len(u.tokens))
+            if not chunk.final and index != unkept:
+                chunk = replace(chunk, into=fused.segment(2 * (tokens - 3) - sum(s.frames for s in past), 2))
+            chunks.append(replace(chunk, past=past, sent=sent))
+        *mels, other = fused.solve([*chunks, OFFLINE], noise, steps=2)
+        assert relative(other, beside) < EXACT
+        for index, (chunk, mel) in enumerate(zip(chunks, mels, strict=True)):
+            if chunk.into is not None:
+                pasts[index] = (*chunk.past, chunk.into)
+            parts[index].append(mel)
+    for u, mels in zip((first, second, third), parts, strict=True):
+        assert relative(torch.cat(mels, dim=1), called(plain, u)) < EXACT
 
 
 @pytest.mark.parametrize(("prompt", "frames"), [(0, 0), (10, 0), (15, 0), (16, 10), (25, 10), (26, 20), (60, 50)])
@@ -124,12 +157,12 @@ def test_prompts_are_kept_from_the_second_time_on_as_far_as_there_is_room():
     def ask(key, size=4):
         def make():
             made.append(key)
-            return Past(1, torch.zeros(1, size, dtype=torch.uint8))
+            return Segment(1, torch.zeros(1, size, dtype=torch.uint8))
 
         return pasts.get(key, size, make)
 
     assert ask("a") is ask("a") is None  # there is no room at all
-    pasts.room = 10
+    pasts.room = 20
     assert ask("a") is None
     assert pasts.find("a") is None
     first = ask("a")
@@ -140,6 +173,29 @@ def test_prompts_are_kept_from_the_second_time_on_as_far_as_there_is_room():
     assert pasts.find("a") is first
     assert ask("d", 11) is ask("d", 11) is None
     assert made == ["a", "b", "c"]
+
+
+def test_there_is_room_for_an_utterance_until_another_holds_it():
+    pasts = Pasts()
+
+    def segment(size):
+        return pasts.segment(size, lambda: Segment(1, torch.zeros(1, size, dtype=torch.uint8)))
+
+    assert segment(1) is None
+    pasts.room = 20
+    held = [segment(12), segment(8)]
+    assert [s.memory.nbytes for s in held] == [12, 8]
+    assert segment(1) is None
+    assert [pasts.get("a", 4, lambda: segment(4)) for _ in range(3)] == [None] * 3  # nor for a voice
+    del held[1]
+    assert segment(9) is None
+    assert pasts.get("a", 4, lambda: Segment(1, torch.zeros(1, 4, dtype=torch.uint8))) is not None
+    assert segment(4) is not None
+
+    def fails():
+        raise torch.OutOfMemoryError
+
+    assert pasts.segment(1, fails) is None
 
 
 @pytest.mark.parametrize(("formats", "left"), [((INT8,), 0), (MIXED, 1)], ids=["int8", "mixed"])
@@ -211,7 +267,7 @@ def test_products_of_codes_are_those_of_rounded_inputs():
     assert relative(exact, called(plain, STREAMED, 1)) > 1e-3
     kept, noise = utterance(19, 14, streaming=True, final=False), start_noise(SMALL)
     past = fused.keep(kept.tokens[: 10 + 3], kept.speaker, kept.prompt_mel[:20], noise, steps=1)
-    asked = [STREAMED, replace(kept, past=past)]
+    asked = [STREAMED, replace(kept, past=(past,))]
     found = fused.solve(asked, noise, steps=1)
     for mel, u in zip(found, asked, strict=True):
         assert relative(mel, called(plain, u, 1)) < 1e-4

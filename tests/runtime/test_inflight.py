@@ -14,6 +14,7 @@ import cosyq
 from cosyq.errors import CosyqError, DeviceError, UsageError
 from cosyq.runtime import inflight, transfer
 from cosyq.runtime.flight import GoneError
+from cosyq.runtime.flow_past import Segment
 from cosyq.runtime.inflight import InFlight, rows_for
 
 TEXT = "hello world, the quick brown fox jumps"
@@ -210,6 +211,30 @@ def test_who_leaves_is_let_go_of_when_what_was_launched_is_over(late, monkeypatc
     assert submit(batch).over.wait(20)
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_a_flow_keeps_of_an_utterance_goes_with_it(batch, engine, leaves):
+    """Though others still know of it."""
+    kept, mels = [], engine.mels
+
+    def keeping(chunks, *, between):
+        for chunk in chunks:
+            assert chunk.sent == 0 or chunk.state.segments
+            chunk.state.segments += (Segment(1, torch.zeros(1, 1)),)
+            kept.append(chunk.state)
+        return mels(chunks, between=between)
+
+    engine.mels, ear = keeping, submit(batch)
+    if leaves:
+        deadline = time.monotonic() + 10
+        while not kept:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        ear.cancel()
+    assert ear.over.wait(20)
+    assert len({id(state) for state in kept}) == 1
+    assert not kept[0].segments
+
+
 def test_no_more_at_once_than_rows_and_the_others_in_order(batch, engine):
     engine.delay = 0.005
     ears = [submit(batch, "hello") for _ in range(5)]
@@ -309,6 +334,7 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     now = time.monotonic()
     rich, poor, new, expected = flight(now - 1, 9), flight(now - 2, 2.1), flight(0, 0), flight(0, 0, due=False)
     other, large, hurried = flight(0, 0), flight(now - 2, 3, frames=350), flight(0, 0, steps=6)
+    other_rich, drawn = flight(now - 1, 10), flight(now - 1, 9, due=False)
     for flights, held, chosen in (
         ([rich, poor], 0, [poor]),
         ([rich, poor, new], 0, [new]),
@@ -332,6 +358,16 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     engine.flow_frames = 400 * inflight.BESIDE
     batch._active = [rich, poor, new, large]
     assert batch._choose() == [new, poor, rich]  # a first one takes others along, as far as that is short
+    engine.flow_frames = round(200 / inflight.TOGETHER)
+    for flights, chosen in (
+        ([rich, drawn], []),  # the few frames that are due can wait for more
+        ([rich, other_rich, drawn], [rich, other_rich]),
+        ([poor, drawn], [poor]),
+        ([rich, other_rich], [rich, other_rich]),  # nothing else will be due
+        ([rich], [rich]),
+    ):
+        batch._active = flights
+        assert batch._choose() == chosen
     batch._active = []
 
 

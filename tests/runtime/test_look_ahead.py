@@ -16,5 +16,8 @@ def test_products_are_the_convolutions():
     encoder, x = TokenEncoder(config).requires_grad_(False), torch.randn(9, 8)
     for count in (1, 2, 9):
         expected = encoder(x[None, :count], True)[0]
-        assert relative(look_ahead(encoder, x[:count]), expected) < 1e-6
-    assert relative(look_ahead(encoder.bfloat16(), x), encoder(x[None], True)[0]) < 0.01
+        assert relative(look_ahead(encoder, x[:count], torch.ones(count, 1, dtype=torch.bool)), expected) < 1e-6
+    assert (
+        relative(look_ahead(encoder.bfloat16(), x, torch.ones(9, 1, dtype=torch.bool)), encoder(x[None], True)[0])
+        < 0.01
+    )
