@@ -156,8 +156,9 @@ class FusedFlow:
         if self._stream is None:
             return
         most = 2 * _padded(frames)
-        room = self._reserve(most, _tiles(most, MANY_BESIDE), self.config.noise_frames, MANY_BESIDE)
-        for utterances in (1, MANY_BESIDE):
+        many = 2 * MANY_BESIDE
+        room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
+        for utterances in (1, MANY_BESIDE, many):
             for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
                 self._tell(room, count, utterances, noise)
             for half in sorted({_padded(length) for length in range(1, frames + 1)}):
@@ -246,18 +247,18 @@ class FusedFlow:
             self._graphs[key] = self._do_and_capture(work, self._stream)
 
     def _do_and_capture(self, work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        """Launch work behind what the current stream holds, and capture it once more meanwhile."""
+        """Capture work, and launch it behind what the current stream holds."""
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            work()
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
             try:
                 work()
             finally:
                 graph.capture_end()
+            graph.replay()
         current.wait_stream(stream)
         return graph
 

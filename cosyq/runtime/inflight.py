@@ -48,6 +48,7 @@ IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
 BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
+TOGETHER = 0.5  # of what is worth it, that is due before a stream with audio in hand is rendered
 SHORT = 300  # characters of a text that is read in passing: 64 take half a millisecond
 PATIENCE = 5.0  # seconds for the thread to end
 
@@ -364,7 +365,9 @@ class InFlight:
             if rendering.steps == steps and taken + rendering.frames <= most:
                 chosen.append(flight)
                 taken += rendering.frames
-        return chosen
+        # More will be due: a render of few frames takes nearly as long as one of many.
+        lacking = any(f.line_drawn and f.lines[0].rendering.due is None for f in self._active)
+        return [] if can_wait and lacking and taken < TOGETHER * engine.flow_frames else chosen
 
     def _render(self, flights: list[Flight]) -> None:
         """One chunk of each; side by side in the flow, one after the other in the vocoder, which is short."""

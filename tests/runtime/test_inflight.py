@@ -334,6 +334,7 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     now = time.monotonic()
     rich, poor, new, expected = flight(now - 1, 9), flight(now - 2, 2.1), flight(0, 0), flight(0, 0, due=False)
     other, large, hurried = flight(0, 0), flight(now - 2, 3, frames=350), flight(0, 0, steps=6)
+    other_rich, drawn = flight(now - 1, 10), flight(now - 1, 9, due=False)
     for flights, held, chosen in (
         ([rich, poor], 0, [poor]),
         ([rich, poor, new], 0, [new]),
@@ -357,6 +358,16 @@ def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
     engine.flow_frames = 400 * inflight.BESIDE
     batch._active = [rich, poor, new, large]
     assert batch._choose() == [new, poor, rich]  # a first one takes others along, as far as that is short
+    engine.flow_frames = round(200 / inflight.TOGETHER)
+    for flights, chosen in (
+        ([rich, drawn], []),  # the few frames that are due can wait for more
+        ([rich, other_rich, drawn], [rich, other_rich]),
+        ([poor, drawn], [poor]),
+        ([rich, other_rich], [rich, other_rich]),  # nothing else will be due
+        ([rich], [rich]),
+    ):
+        batch._active = flights
+        assert batch._choose() == chosen
     batch._active = []
 
 
