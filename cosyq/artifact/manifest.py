@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from cosyq.artifact.names import STAGE_FILES
 from cosyq.model.config import ModelConfig
 from cosyq.quantize.formats import Format
 from cosyq.text import tokenizer
@@ -15,7 +16,6 @@ from cosyq.text import tokenizer
 SCHEMA = 1  # what this code writes
 READER = 1  # the newest `minimum_reader` that this code satisfies
 FILE_NAME = "manifest.json"
-STAGE_FILES = {"llm": "llm.safetensors", "flow": "flow.safetensors", "vocoder": "vocoder.safetensors"}
 TOKENIZER_FILE, RECIPE_FILE, VOICE_FOLDER = tokenizer.FILE_NAME, "recipe.yaml", "voices"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 _PATH = re.compile(rf"({VOICE_FOLDER}/)?{_NAME.pattern}")

@@ -8,7 +8,8 @@ Nothing from an artifact is executed. yaml, bitsandbytes and the source checkpoi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cosyq.artifact.ahead import taken
 from cosyq.artifact.manifest import (
     FILE_NAME,
     STAGE_FILES,
@@ -27,7 +29,7 @@ from cosyq.artifact.manifest import (
     Manifest,
     NewerSchemaError,
 )
-from cosyq.artifact.stagefile import DTYPES, read_header
+from cosyq.artifact.stagefile import DTYPES, read_header, views
 from cosyq.errors import ArtifactError
 from cosyq.model.inventory import STAGES, Module, Stage, inventory, skeleton
 from cosyq.quantize.formats import Format, Specs, dequantize, dequantize_rows, module_tensors
@@ -178,20 +180,27 @@ def _check_stage(artifact: Artifact, stage: Stage) -> None:
 
 
 class StageFile:
-    """The tensors of one stage, mapped, read one module at a time."""
+    """The tensors of one stage, mapped, read one module at a time.
 
-    def __init__(self, artifact: Artifact, stage: Stage):
+    placed: those that are on a device already.
+    """
+
+    def __init__(self, artifact: Artifact, stage: Stage, placed: Mapping[str, Tensor] = {}):
         self.path = artifact.folder / STAGE_FILES[stage]
-        self.artifact = artifact
+        self.artifact, self._placed = artifact, placed
         try:
             self._handle: Any = safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"unreadable ({error})", where=self.path, remedy=DAMAGED) from None
 
     def read(self, module: Module) -> dict[str, Tensor]:
-        """A module's stored tensors on the host, views of the mapped file."""
+        """A module's stored tensors, those on the host views of the mapped file."""
         names = module_tensors(module, self.artifact.formats[module.name])
-        return {name: self._handle.get_tensor(_tensor_name(module, name)) for name in names}
+        return {name: self._tensor(_tensor_name(module, name)) for name in names}
+
+    def _tensor(self, name: str) -> Tensor:
+        placed = self._placed.get(name)
+        return self._handle.get_tensor(name) if placed is None else placed
 
 
 def load_stage(
@@ -203,7 +212,7 @@ def load_stage(
         ArtifactError: a packed tensor contradicts itself.
     """
     network = skeleton(stage, artifact.manifest.model, steps=artifact.manifest.flow_steps, dtype=dtype)
-    file = StageFile(artifact, stage)
+    file = StageFile(artifact, stage, _read_ahead(artifact, stage, device))
     for module in artifact.modules(stage):
         if module.name == "llm.text_embedding":
             continue  # looked up on the host
@@ -214,6 +223,18 @@ def load_stage(
         except ValueError as error:
             raise ArtifactError(f"{module.name}: {error}", where=file.path, remedy=DAMAGED) from None
     return network.eval()
+
+
+def _read_ahead(artifact: Artifact, stage: Stage, device: torch.device) -> dict[str, Tensor]:
+    """What is on the device already, read with the header that was checked; states are read on the host."""
+    path = artifact.folder / STAGE_FILES[stage]
+    record, there = artifact.manifest.files[path.name], taken(path)
+    if there is None or device.type != "cuda" or there.whole != record.bytes:
+        return {}
+    with suppress(ValueError):
+        found = views(torch.as_tensor(there, device=device), there.header, record.header_sha256)
+        return {name: tensor for name, tensor in found.items() if "quant_state" not in name}
+    return {}
 
 
 def _install(
@@ -233,7 +254,7 @@ def _install(
             value = tensor.to(device, tensor.dtype if kept else dtype, copy=True)
             target.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return
-    bias = tensors.pop("bias").to(device, dtype) if "bias" in tensors else None
+    bias = tensors.pop("bias").to(device, dtype, copy=True) if "bias" in tensors else None
     # The state's JSON is read once, on the host; everything else is multiplied with.
     placed = {name: t if "quant_state" in name else t.to(device, copy=True) for name, t in tensors.items()}
     if isinstance(target, nn.Embedding):

@@ -1,16 +1,18 @@
 """A safetensors file written tensor by tensor, in any order, at places that are known beforehand.
 
 The library's writer wants all tensors in memory at once; a plan knows every dtype and shape before the first
-is packed, so the header comes first and each tensor goes straight to its offset. Reading is the library's.
+is packed, so the header comes first and each tensor goes straight to its offset. Reading is the library's, but
+for bytes that are on a GPU already.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -85,14 +87,42 @@ def read_header(path: Path) -> tuple[dict[str, Any], str]:
         ValueError: it has none.
     """
     with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > MAX_HEADER:
-            raise ValueError("no safetensors header")
-        text = file.read(length)
+        return _header(file)
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, Any], str]:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > MAX_HEADER:
+        raise ValueError("no safetensors header")
+    text = file.read(length)
     if len(text) < length:
         raise ValueError("the header is cut off")
     header = json.loads(text)
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     return header, hashlib.sha256(prefix + text).hexdigest()
+
+
+def views(begin: Tensor, header: bytes, header_sha256: str | None) -> dict[str, Tensor]:
+    """The tensors that lie whole in a file's first bytes [n] uint8, wherever those are, as views of them.
+
+    Raises:
+        ValueError: the header is another one, or does not say where they are.
+    """
+    entries, digest = _header(BytesIO(header))
+    if digest != header_sha256:
+        raise ValueError("another header")
+    dtypes, found = {name: dtype for dtype, name in DTYPES.items()}, {}
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (first, last) = dtypes[entry["dtype"]], torch.Size(entry["shape"]), entry["data_offsets"]
+            place = slice(len(header) + first, len(header) + last)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{name} has no {error}") from None
+        if not 0 <= first <= last or last - first != shape.numel() * dtype.itemsize or place.start % dtype.itemsize:
+            raise ValueError(f"{name} is out of place")
+        if place.stop <= len(begin):
+            found[name] = begin[place].view(dtype).view(shape)
+    return found

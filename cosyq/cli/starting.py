@@ -7,8 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from cosyq.kernels.start import begin_context
+from cosyq.artifact import ahead
+from cosyq.artifact.names import HOST_TENSOR, STAGE_FILES
+from cosyq.kernels.start import begin_context, begin_hash, begin_kernels
 from cosyq.text import apart
 from cosyq.text.tokenizer import FILE_NAME
 
@@ -16,22 +19,45 @@ SWITCH = 1e-4  # seconds after which Python's lock goes to another thread that w
 
 
 @contextmanager
-def starting(folder: Path, device: str) -> Iterator[None]:
+def starting(folder: Path, device: str, dtype: str = "auto", engine: str = "auto") -> Iterator[None]:
     """An artifact's engine is loaded within; enter it before torch is imported, and leave it to speak.
 
     What is done in threads seldom needs Python's lock, but would wait 5 ms for it every time.
 
     Imports make half a million objects, which are there to stay, and Python's collector would look at all of them again
     and again.
+
+    Arguments as in `runtime.synthesizer.load`.
     """
-    apart.begin(folder / FILE_NAME)  # before there is a thread
-    begin_context(device)
+    fused = engine in ("auto", "fused", "fused8")
+    if fused:
+        begin_hash(device)
+    apart.begin(folder / FILE_NAME)  # both before there is a thread
+    ahead.announce({folder / name: HOST_TENSOR.get(stage) for stage, name in STAGE_FILES.items()})
+
+    contexts: list[Any] = []
+
+    def then(cuda: Any, context: Any) -> None:
+        if context:
+            contexts.append(context)
+        ahead.read(cuda, context)
+
+    on_gpu = begin_context(device, then) is not None
+    if not on_gpu:
+        ahead.forget()
     collected, switch = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
     sys.setswitchinterval(SWITCH)
     try:
+        if on_gpu and fused:
+            import torch
+
+            if contexts:
+                arithmetic = {"fp16": torch.float16, "fp32": torch.float32}.get(dtype, torch.bfloat16)
+                begin_kernels(torch.device("cuda" if device == "auto" else device), arithmetic)
         yield
     finally:
+        ahead.forget()
         sys.setswitchinterval(switch)
         if collected:
             gc.freeze()

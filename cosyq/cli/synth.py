@@ -71,7 +71,7 @@ def synth(
 
     from cosyq.cli.starting import starting
 
-    with starting(folder, device):
+    with starting(folder, device, dtype, engine):
         from cosyq.artifact.reader import open_artifact
         from cosyq.audio.sinks import check_suffix
         from cosyq.runtime.synthesizer import find_voice, load

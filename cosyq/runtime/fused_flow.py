@@ -247,18 +247,18 @@ class FusedFlow:
             self._graphs[key] = self._do_and_capture(work, self._stream)
 
     def _do_and_capture(self, work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        """Launch work behind what the current stream holds, and capture it once more meanwhile."""
+        """Capture work, and launch it behind what the current stream holds."""
         current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            work()
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
             try:
                 work()
             finally:
                 graph.capture_end()
+            graph.replay()
         current.wait_stream(stream)
         return graph
 

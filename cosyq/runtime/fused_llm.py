@@ -258,24 +258,24 @@ class FusedForward:
 class Recordings:
     """Launches of fixed buffers, on a GPU as CUDA graphs from their second time on.
 
-    The first time compiles, or loads what was compiled; recording costs some ten milliseconds, and pays when repeated.
+    Recording costs some ten milliseconds, and pays when repeated; what surely is may be recorded `at_once`.
     """
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
-    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
+    def run(self, key: Hashable, launch: Callable[[], None], *, at_once: bool = False) -> None:
         """The current stream must not be the default one."""
-        if not self._cuda or key not in self._graphs:
+        if not self._cuda or (key not in self._graphs and not at_once):
             launch()
             self._graphs[key] = None
             return
-        graph = self._graphs[key]
+        graph = self._graphs.get(key)
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="relaxed")  # as loading a kernel may need
             try:
                 launch()
             finally:
@@ -309,7 +309,7 @@ class FusedDecoder(BatchDecoder):
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
         pages = self.forward.pages_for(span)
-        self.forward.recorded.run((rows, pages), partial(self._launch, rows, pages))
+        self.forward.recorded.run((rows, pages), partial(self._launch, rows, pages), at_once=True)
 
     def _launch(self, rows: int, pages: int) -> None:
         lm, b = self.forward.lm, self.forward.buffers

@@ -73,15 +73,14 @@ class FusedVocoder:
         return self._buffers.wav[half if first else 0 : hops + (half - 1 if final else 0)].flatten().clone()
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        """Compile or load the kernels, with nothing to do, and record them."""
+        """Record the kernels, which compiles or loads them."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
-            self._launch()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             with torch.cuda.stream(torch.cuda.Stream()):
                 # torch.cuda.graph would collect garbage, too, which at a process's start is a fifth of a second.
-                graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(capture_error_mode="relaxed")  # as loading a kernel may need
                 try:
                     self._launch()
                 finally:

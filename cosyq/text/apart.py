@@ -88,14 +88,14 @@ def _read(path: Path) -> TextTokenizer:
 _begun: dict[Path, _Apart] = {}
 
 
+def may_fork() -> bool:
+    """Not beside other threads, or on a single core."""
+    return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1 and len(os.listdir("/proc/self/task")) == 1
+
+
 def begin(path: Path) -> None:
-    """Begin to read a tokenizer.json, for `tokenizer_of` to find; not beside other threads, or on a single core."""
-    if (
-        sys.platform == "linux"
-        and len(os.sched_getaffinity(0)) > 1
-        and len(os.listdir("/proc/self/task")) == 1
-        and path not in _begun
-    ):
+    """Begin to read a tokenizer.json, for `tokenizer_of` to find, where a child may be forked for it."""
+    if path not in _begun and may_fork():
         with suppress(OSError):
             _begun[path] = _Apart(path)
 

@@ -2,9 +2,12 @@
 
 import gc
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from cosyq.artifact import ahead
 from cosyq.cli.starting import starting
 
 
@@ -29,3 +32,42 @@ def test_the_collector_rests_within_and_all_is_as_it_was_behind(tmp_path, before
     finally:
         gc.enable()
         sys.setswitchinterval(switch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kernels"),
+    [
+        (("auto",), ("cuda", torch.bfloat16)),
+        (("cuda:1", "fp16", "fused8"), ("cuda:1", torch.float16)),
+        (("cuda", "fp32", "fused"), ("cuda", torch.float32)),
+        (("cuda", "auto", "reference"), None),
+        (("auto", "auto", "auto", "no GPU"), None),
+    ],
+)
+def test_what_a_gpu_needs_is_begun_behind_its_context(monkeypatch, arguments, kernels):
+    done, asked = [], arguments[:3]
+    module, gpu = sys.modules["cosyq.cli.starting"], len(arguments) < 4
+
+    def context(device, then):
+        done.append(device)
+        then("driver", 1 if gpu else None)
+        return True
+
+    monkeypatch.setattr(module, "begin_context", context)
+    monkeypatch.setattr(module, "begin_hash", lambda device: done.append("hash"))
+    monkeypatch.setattr(module.apart, "begin", lambda path: done.append("tokenizer"))
+    monkeypatch.setattr(ahead, "read", lambda *about: done.append((about, sorted(path.name for path in ahead._begun))))
+    monkeypatch.setattr(module, "begin_kernels", lambda device, dtype: done.append((str(device), dtype)))
+    with starting(Path("folder"), *asked):
+        pass
+    hashed = [] if "reference" in asked else ["hash"]
+    files = ["flow.safetensors", "llm.safetensors", "vocoder.safetensors"]
+    expected = [
+        *hashed,
+        "tokenizer",
+        asked[0],
+        (("driver", 1 if gpu else None), files),
+        *([kernels] if kernels else []),
+    ]
+    assert done == expected
+    assert ahead._begun == {}
