@@ -365,7 +365,7 @@ class InFlight:
             if rendering.steps == steps and taken + rendering.frames <= most:
                 chosen.append(flight)
                 taken += rendering.frames
-        # More will be due: a render of few frames takes nearly as long as one of many.
+        # More will be due, and a frame takes less of a render of many.
         lacking = any(f.line_drawn and f.lines[0].rendering.due is None for f in self._active)
         return [] if can_wait and lacking and taken < TOGETHER * engine.flow_frames else chosen
 
