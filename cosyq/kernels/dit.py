@@ -29,19 +29,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from cosyq.kernels.flow_products import rounded_rows
-from cosyq.kernels.overlap import let_next_start, overlapping, wait
-from cosyq.kernels.packed import INT8_STEP
+from cosyq.kernels.launch import Kernel, cdiv, next_power_of_2
+from cosyq.kernels.overlap import overlapping
 
 TILE = 64
 EVERYWHERE = 1 << 30
 KEYS = 64  # taken at a time by attention
 NESTED_BLOCKSIZE = 256  # as `quantize.formats` has it
 LOG2_E = 1.4426950408889634
+
+_unpack_rows = Kernel("dit", "unpack_rows")
+_unpack_blocks = Kernel("dit", "unpack_blocks")
+_add_norm = Kernel("dit", "add_norm")
+_rotate = Kernel("dit", "rotate")
+_attend = Kernel("dit", "attend")
+_conv_mish = Kernel("dit", "conv_mish")
+_enter = Kernel("dit", "enter")
+_begin_step = Kernel("dit", "begin_step")
+_guide = Kernel("dit", "guide")
 
 
 def tile_table(lengths: Sequence[int], blocks: Sequence[int], tiles: int) -> Tensor:
@@ -68,26 +75,6 @@ class Pasts:
     frame: int
 
 
-@triton.jit
-def _end_behind(PDL: tl.constexpr):
-    """For a kernel that reads nothing of the one before it: it does not end before that one."""
-    if tl.program_id(0) == 0:
-        wait(PDL)
-
-
-@triton.jit
-def _unpack_rows(
-    codes, scales, out, pieces, RUN: tl.constexpr, PIECE: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr
-):
-    piece = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    there = piece < pieces
-    scale = tl.load(scales + piece * PIECE // RUN, mask=there, other=0.0)[:, None]
-    at = piece[:, None] * PIECE + tl.arange(0, PIECE)[None, :]
-    code = tl.load(codes + at, mask=there[:, None], other=0, eviction_policy="evict_first").to(tl.float32)
-    tl.store(out + at, (code * scale * INT8_STEP).to(out.dtype.element_ty), mask=there[:, None])
-    _end_behind(PDL)
-
-
 def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     """int8 codes [n] and absmax of equal runs of them, float32, to out [n] in its type.
 
@@ -96,29 +83,9 @@ def unpack_rows(codes: Tensor, scales: Tensor, out: Tensor) -> None:
     run = codes.numel() // scales.numel()
     piece = min(run & -run, 4096)  # a power of two, with one scale
     pieces, count = codes.numel() // piece, 4096 // piece
-    _unpack_rows[(triton.cdiv(pieces, count),)](
+    _unpack_rows[(cdiv(pieces, count),)](
         codes, scales, out, pieces, RUN=run, PIECE=piece, COUNT=count, num_warps=4, **overlapping(out.device)
     )
-
-
-@triton.jit
-def _unpack_blocks(
-    codes, scales, code, groups, levels, out, blocks,
-    NESTED: tl.constexpr, RUN: tl.constexpr, COUNT: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
-    there = block < blocks
-    scale = tl.load(scales + block, mask=there, other=0)
-    if NESTED:
-        group = groups + block // NESTED * 2
-        spread, offset = tl.load(group, mask=there, other=0.0), tl.load(group + 1, mask=there, other=0.0)
-        scale = tl.load(code + scale.to(tl.int32)) * spread + offset
-    at = block[:, None] * (RUN // 2) + tl.arange(0, RUN // 2)[None, :]
-    pair = tl.load(codes + at, mask=there[:, None], other=0, eviction_policy="evict_first").to(tl.int32)
-    high, low = tl.load(levels + (pair >> 4)), tl.load(levels + (pair & 15))
-    values = tl.interleave(high * scale[:, None], low * scale[:, None]).to(out.dtype.element_ty)
-    tl.store(out + block[:, None] * RUN + tl.arange(0, RUN)[None, :], values, mask=there[:, None])
-    _end_behind(PDL)
 
 
 def unpack_blocks(
@@ -132,7 +99,7 @@ def unpack_blocks(
     blocks, run = scales.numel(), 2 * codes.numel() // scales.numel()
     code, groups = nested if nested is not None else (levels, levels)
     count = max(4096 // run, 1)
-    _unpack_blocks[(triton.cdiv(blocks, count),)](
+    _unpack_blocks[(cdiv(blocks, count),)](
         codes, scales, code, groups, levels, out, blocks,
         NESTED=NESTED_BLOCKSIZE if nested is not None else 0, RUN=run, COUNT=count, num_warps=4,
         **overlapping(out.device),
@@ -145,33 +112,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
         torch._addmm_activation(bias, x, weight.T, use_gelu=True, out=out)
     else:
         out.copy_(F.gelu(F.linear(x, weight, bias), approximate="tanh"))
-
-
-@triton.jit
-def _add_norm(
-    residual, y, gate, scale, shift, out, scales,
-    ADD: tl.constexpr, CODES: tl.constexpr, EPS: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    at = tl.arange(0, SIZE)[None, :]
-    there = at < DIM
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = row[:, None].to(tl.int64) * DIM + at
-    wait(PDL)
-    let_next_start(PDL)
-    x = tl.load(residual + place, mask=there, other=0.0)
-    if ADD:
-        x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(residual + place, x, mask=there)
-    centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
-    moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
-    if CODES:
-        codes, steps = rounded_rows(moved)
-        tl.store(out + place, codes, mask=there)
-        tl.store(scales + row, steps)
-    else:
-        tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
 
 
 def add_norm(
@@ -192,31 +132,8 @@ def add_norm(
     _add_norm[(rows // 2,)](
         residual, y, gate, scale, shift, place, scales,
         ADD=added is not None, CODES=isinstance(out, tuple), EPS=eps,
-        DIM=dim, ROWS=2, SIZE=triton.next_power_of_2(dim), num_warps=4, **overlapping(residual.device),
+        DIM=dim, ROWS=2, SIZE=next_power_of_2(dim), num_warps=4, **overlapping(residual.device),
     )  # fmt: skip
-
-
-@triton.jit
-def _rotate(
-    qkv, cos, sin, tiles, pasts, half,
-    INNER: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    part: tl.constexpr = TILE // ROWS
-    index = tl.program_id(0) // part
-    tile = tiles + index * 4
-    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    start -= tl.load(pasts + index * 4).to(tl.int32)
-    branch = tl.program_id(2).to(tl.int64) * half
-    rows = (first + tl.program_id(0) % part * ROWS + tl.arange(0, ROWS))[:, None]
-    live = rows < end
-    place = (rows - start) * (D // 2) + tl.arange(0, D // 2)[None, :]
-    c, s = tl.load(cos + place, mask=live, other=0.0), tl.load(sin + place, mask=live, other=0.0)
-    wait(PDL)
-    let_next_start(PDL)
-    at = qkv + (branch + rows) * (3 * INNER) + tl.program_id(1) * INNER + tl.arange(0, D)[None, :]
-    even, odd = tl.split(tl.load(at, mask=live, other=0.0).to(tl.float32).reshape(ROWS, D // 2, 2))
-    turned = tl.interleave(even * c - odd * s, odd * c + even * s)
-    tl.store(at, turned.to(qkv.dtype.element_ty), mask=live)
 
 
 def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Pasts) -> None:
@@ -232,97 +149,6 @@ def rotate(qkv: Tensor, rope: tuple[Tensor, Tensor], tiles: Tensor, pasts: Pasts
     )  # fmt: skip
 
 
-@triton.jit
-def _segment(address, frames, step, KEPT: tl.constexpr, TAILS: tl.constexpr, dtype: tl.constexpr):
-    """What a segment has of a step: TAILS numbers, and KEPT of each frame."""
-    place = address.to(tl.pointer_type(dtype)) + step * (TAILS + frames.to(tl.int64) * KEPT)
-    return tl.multiple_of(place, 16)
-
-
-@triton.jit
-def _attend_keys(
-    q, keys, values, state, limit, begin, stop, stride: tl.constexpr, scale,
-    MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Keys `begin` to `stop`; unless MASKED, whole groups of KEYS that every row sees."""
-    acc, most, total = state
-    channel = tl.arange(0, D)
-    for first in range(begin, stop, KEYS):
-        at = first + tl.arange(0, KEYS)
-        if MASKED:
-            k = tl.load(keys + at[None, :] * stride + channel[:, None], mask=(at < stop)[None, :], other=0.0)
-        else:
-            k = tl.load(keys + at[None, :] * stride + channel[:, None])
-        score = tl.dot(q, k)
-        if MASKED:
-            score = tl.where(at[None, :] < limit[:, None], score, float("-inf"))
-        highest = tl.maximum(most, tl.max(score, 1) * scale)
-        p = tl.exp2(score * scale - highest[:, None])
-        fade = tl.exp2(most - highest)
-        total = total * fade + tl.sum(p, 1)
-        if MASKED:
-            v = tl.load(values + at[:, None] * stride + channel[None, :], mask=(at < stop)[:, None], other=0.0)
-        else:
-            v = tl.load(values + at[:, None] * stride + channel[None, :])
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
-        most = highest
-    return acc, most, total
-
-
-@triton.jit(do_not_specialize=["layer"])
-def _attend(
-    qkv, out, tiles, pasts, now, layer, half, scale,
-    KEPT: tl.constexpr, TAILS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    KEYS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 4
-    first, start, end, block = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
-    head = tl.program_id(1)
-    branch = tl.program_id(2).to(tl.int64) * half
-    if first < end:
-        stride: tl.constexpr = 3 * HEADS * D
-        queries = qkv + branch * stride + head * D
-        keys = queries + HEADS * D
-        values = keys + HEADS * D
-        rows = first + tl.arange(0, TILE)
-        channel = tl.arange(0, D)
-        live = (rows < end)[:, None]
-        wait(PDL)
-        let_next_start(PDL)
-        q = tl.load(queries + rows[:, None] * stride + channel[None, :], mask=live, other=0.0)
-        # A row sees to the end of its block: the tile's first row what all rows see, its last one the most.
-        limit = tl.minimum(end, start + ((rows - start) // block + 1) * block)
-        shared = tl.minimum(end, start + ((first - start) // block + 1) * block)
-        last = tl.minimum(end, first + TILE) - 1
-        stop = tl.minimum(end, start + ((last - start) // block + 1) * block)
-        whole = start + (shared - start) // KEYS * KEYS
-        lowest = tl.full([TILE], float("-inf"), tl.float32)
-        state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
-        wide: tl.constexpr = 2 * HEADS * D
-        mine = (layer * 2 + tl.program_id(2)).to(tl.int64) * wide  # for each frame of a segment
-        step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
-        into = tl.load(past + 3)
-        if into != 0:
-            kept = _segment(into, end - start, step, KEPT, TAILS, qkv.dtype.element_ty)
-            kept += TAILS + mine * (end - start) + head * D + channel[None, :] + (rows - start)[:, None] * wide
-            own = rows[:, None] * stride + channel[None, :]
-            tl.store(kept, tl.load(keys + own, mask=live), mask=live)
-            tl.store(kept + HEADS * D, tl.load(values + own, mask=live), mask=live)
-        segments = tl.load(past + 2).to(tl.pointer_type(tl.int64))
-        for index in range(0, tl.load(past + 1).to(tl.int32)):
-            frames = tl.load(segments + 2 * index).to(tl.int32)
-            k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
-            k += TAILS + mine * frames + head * D
-            v, all_of_it, groups = k + HEADS * D, tl.zeros([TILE], tl.int32) + frames, frames // KEYS * KEYS
-            state = _attend_keys(q, k, v, state, all_of_it, 0, groups, wide, scale, False, D, KEYS)
-            state = _attend_keys(q, k, v, state, all_of_it, groups, frames, wide, scale, True, D, KEYS)
-        state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
-        state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
-        acc, _, total = state
-        target = out + (branch + rows[:, None]) * (HEADS * D) + head * D + channel[None, :]
-        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
-
-
 def attend(qkv: Tensor, tiles: Tensor, pasts: Pasts, out: Tensor, *, layer: int, heads: int) -> None:
     """Attention of each sequence to its past and to itself, as far as its blocks let it; its keys and values are kept.
 
@@ -335,58 +161,6 @@ def attend(qkv: Tensor, tiles: Tensor, pasts: Pasts, out: Tensor, *, layer: int,
         KEPT=pasts.frame, TAILS=pasts.tails, HEADS=heads, D=d, TILE=TILE, KEYS=KEYS,
         num_warps=4, num_stages=3, **overlapping(qkv.device),
     )  # fmt: skip
-
-
-@triton.jit
-def _mish(x):
-    """x tanh(log(1 + e^x))."""
-    e = tl.exp(tl.minimum(x, 20.0))  # from there on it is x
-    n = e * (e + 2)
-    return x * n / (n + 2)
-
-
-@triton.jit
-def _conv_mish(
-    x, weight, bias, before, out, tiles, pasts, now, half,
-    WHICH: tl.constexpr, ADD: tl.constexpr, KEPT: tl.constexpr, TAILS: tl.constexpr, DIM: tl.constexpr,
-    GROUP: tl.constexpr, TAPS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 4
-    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    group = tl.program_id(1)
-    branch = tl.program_id(2).to(tl.int64) * half
-    if first < end:
-        rows = first + tl.arange(0, TILE)
-        channel = tl.arange(0, GROUP)
-        source = x + branch * DIM + group * GROUP + channel[None, :]
-        matrix = weight + group * (TAPS * GROUP * GROUP) + channel[:, None] * GROUP + channel[None, :]
-        acc = tl.zeros([TILE, GROUP], tl.float32)
-        tail = (WHICH * 2 + tl.program_id(2)) * ((TAPS - 1) * DIM) + group * GROUP + channel[None, :]
-        step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
-        count = tl.load(past + 1)
-        if (first == start) & (count > 0):
-            newest = tl.load(past + 2).to(tl.pointer_type(tl.int64)) + 2 * (count - 1)
-            kept = _segment(tl.load(newest + 1), tl.load(newest), step, KEPT, TAILS, x.dtype.element_ty) + tail
-            for tap in range(TAPS - 1):
-                seen = tl.arange(0, TILE) + tap
-                a = tl.load(kept + seen[:, None] * DIM, mask=(seen < TAPS - 1)[:, None], other=0.0)
-                acc = tl.dot(a, tl.load(matrix + tap * (GROUP * GROUP)), acc)
-        into = tl.load(past + 3)
-        if into != 0:
-            kept = _segment(into, end - start, step, KEPT, TAILS, x.dtype.element_ty) + tail
-            place = rows - end + TAPS - 1
-            last = ((place >= 0) & (rows < end))[:, None]
-            tl.store(kept + place[:, None] * DIM, tl.load(source + rows[:, None] * DIM, mask=last), mask=last)
-        for tap in range(TAPS):
-            seen = rows + (tap - TAPS + 1)
-            a = tl.load(source + seen[:, None] * DIM, mask=((seen >= start) & (seen < end))[:, None], other=0.0)
-            acc = tl.dot(a, tl.load(matrix + tap * (GROUP * GROUP)), acc)
-        y = _mish(acc + tl.load(bias + group * GROUP + channel).to(tl.float32)[None, :])
-        at = (branch + rows[:, None]) * DIM + group * GROUP + channel[None, :]
-        live = (rows < end)[:, None]
-        if ADD:
-            y += tl.load(before + at, mask=live, other=0.0).to(tl.float32)
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
 
 
 def conv_mish(
@@ -406,32 +180,6 @@ def conv_mish(
     )  # fmt: skip
 
 
-@triton.jit
-def _enter(
-    x, given, noise, encoded, voices, prompts, tiles, entries, now,
-    RATIO: tl.constexpr, MEL: tl.constexpr, TOKEN: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    tile, entry = tiles + tl.program_id(0) * 4, entries + tl.program_id(0) * 5
-    first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    half = tl.load(now + 2)
-    frame, token, prompt = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    shown, voice = tl.load(entry + 3), tl.load(entry + 4)
-    rows = (first + tl.arange(0, TILE))[:, None]
-    at = tl.arange(0, SIZE)[None, :]
-    place, live, conditional = rows - start, rows < end, tl.program_id(1) == 0
-    mel, told = live & (at < MEL), live & (at < TOKEN) & conditional
-    begun = tl.load(noise + (frame + place) * MEL + at, mask=mel)
-    tl.store(x + rows * MEL + at, begun, mask=mel & conditional)
-    known = tl.load(prompts + (prompt + place) * MEL + at, mask=mel & conditional & (place < shown), other=0.0)
-    tokens = tl.load(encoded + (token + place // RATIO) * TOKEN + at, mask=told, other=0.0)
-    speaker = tl.load(voices + voice * MEL + at, mask=(at < MEL) & conditional, other=0.0)
-    into = given + (tl.program_id(1) * half + rows) * (3 * MEL + TOKEN) + at
-    tl.store(into, begun.to(given.dtype.element_ty), mask=mel)
-    tl.store(into + MEL, known.to(given.dtype.element_ty), mask=mel)
-    tl.store(into + 2 * MEL, tokens.to(given.dtype.element_ty), mask=live & (at < TOKEN))
-    tl.store(into + 2 * MEL + TOKEN, (speaker + tl.zeros_like(begun)).to(given.dtype.element_ty), mask=mel)
-
-
 def enter(
     x: Tensor, given: Tensor, noise: Tensor, encoded: Tensor, voices: Tensor, prompts: Tensor,
     tiles: Tensor, entries: Tensor, now: Tensor, *, ratio: int,
@@ -445,40 +193,14 @@ def enter(
     mel, token = x.shape[1], encoded.shape[1]
     _enter[(tiles.shape[0], 2)](
         x, given, noise, encoded, voices, prompts, tiles, entries, now,
-        RATIO=ratio, MEL=mel, TOKEN=token, SIZE=triton.next_power_of_2(max(mel, token)), TILE=TILE, num_warps=4,
+        RATIO=ratio, MEL=mel, TOKEN=token, SIZE=next_power_of_2(max(mel, token)), TILE=TILE, num_warps=4,
     )  # fmt: skip
-
-
-@triton.jit
-def _begin_step(now, table, row, width, SIZE: tl.constexpr):
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    tl.store(row + at, tl.load(table + tl.load(now) * width + at, mask=at < width), mask=at < width)
 
 
 def begin_step(now: Tensor, table: Tensor, row: Tensor) -> None:
     """Of table [any, width] the step's row, to `row`."""
     size = 1024
-    _begin_step[(triton.cdiv(row.numel(), size),)](now, table, row, row.numel(), SIZE=size, num_warps=4)
-
-
-@triton.jit
-def _guide(
-    x, velocity, given, dt, now, half, guidance,
-    MEL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    at = tl.arange(0, SIZE)[None, :]
-    there = (rows < half) & (at < MEL)
-    conditional = tl.load(velocity + rows * MEL + at, mask=there).to(tl.float32)
-    free = tl.load(velocity + (half + rows) * MEL + at, mask=there).to(tl.float32)
-    moved = tl.load(x + rows * MEL + at, mask=there) + tl.load(dt) * ((1 + guidance) * conditional - guidance * free)
-    tl.store(x + rows * MEL + at, moved, mask=there)
-    rounded = moved.to(given.dtype.element_ty)
-    tl.store(given + rows * WIDTH + at, rounded, mask=there)
-    tl.store(given + (half + rows) * WIDTH + at, rounded, mask=there)
-    if tl.program_id(0) == 0:
-        tl.store(now, tl.load(now) + 1)
-        tl.store(now + 1, tl.load(now + 1) + 1)
+    _begin_step[(cdiv(row.numel(), size),)](now, table, row, row.numel(), SIZE=size, num_warps=4)
 
 
 def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, now: Tensor, guidance: float) -> None:
@@ -488,7 +210,7 @@ def guide(x: Tensor, velocity: Tensor, given: Tensor, dt: Tensor, now: Tensor, g
     next step's turn.
     """
     half, mel = x.shape
-    _guide[(triton.cdiv(half, 8),)](
+    _guide[(cdiv(half, 8),)](
         x, velocity, given, dt, now, half, guidance,
-        MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=triton.next_power_of_2(mel), num_warps=4,
+        MEL=mel, WIDTH=given.shape[1], ROWS=8, SIZE=next_power_of_2(mel), num_warps=4,
     )  # fmt: skip

@@ -10,13 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-INT8, FOUR_BIT, NESTED, FLOAT = (tl.constexpr(kind) for kind in range(4))
-INT8_STEP = tl.constexpr(7.874015718698502e-3)  # as `quantize.formats` has it
-NESTED_BLOCKS = tl.constexpr(256)  # blocks of the absmax that share a scale
+from cosyq.kernels.launch import next_power_of_2
+
+INT8, FOUR_BIT, NESTED, FLOAT = range(4)
+NESTED_BLOCKS = 256  # blocks of the absmax that share a scale
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class Packed:
 def int8_rows(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     n, k = weight.shape
     instructions = INT8_DOT if weight.is_cuda else ""
-    return Packed(INT8.value, n, k, 1, weight, scales, scales, scales, scales, bias, dot=instructions)
+    return Packed(INT8, n, k, 1, weight, scales, scales, scales, scales, bias, dot=instructions)
 
 
 def float_rows(weight: Tensor, bias: Tensor | None) -> Packed:
     n, k = weight.shape
-    return Packed(FLOAT.value, n, k, 1, weight, weight, weight, weight, weight, bias)
+    return Packed(FLOAT, n, k, 1, weight, weight, weight, weight, weight, bias)
 
 
 def four_bit_rows(
@@ -81,10 +80,10 @@ def four_bit_rows(
     if k % block:
         raise ValueError(f"blocks of {block} cross rows of {k}")
     if nested is None:
-        return Packed(FOUR_BIT.value, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, *instructions)
+        return Packed(FOUR_BIT, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, *instructions)
     scale, code, offset = nested
     groups = torch.stack([scale, torch.full_like(scale, offset)], dim=1)
-    return Packed(NESTED.value, n, k, block, weight.view(-1), absmax, table, groups, code, bias, *instructions)
+    return Packed(NESTED, n, k, block, weight.view(-1), absmax, table, groups, code, bias, *instructions)
 
 
 def stacked(parts: Sequence[Packed]) -> Packed | None:
@@ -93,28 +92,28 @@ def stacked(parts: Sequence[Packed]) -> Packed | None:
     A part without a bias counts as one with zeros where another has one.
     """
     first = parts[0]
-    whole = all(p.n * p.k // p.block % NESTED_BLOCKS.value == 0 for p in parts[:-1])
+    whole = all(p.n * p.k // p.block % NESTED_BLOCKS == 0 for p in parts[:-1])
     same = all(
         (p.kind, p.k, p.block, p.weight.dtype) == (first.kind, first.k, first.block, first.weight.dtype) for p in parts
     )
-    tables = first.kind in (INT8.value, FLOAT.value) or all(
-        torch.equal(p.table, first.table) and (p.kind != NESTED.value or torch.equal(p.code, first.code)) for p in parts
+    tables = first.kind in (INT8, FLOAT) or all(
+        torch.equal(p.table, first.table) and (p.kind != NESTED or torch.equal(p.code, first.code)) for p in parts
     )
-    if not same or not tables or (first.kind == NESTED.value and not whole):
+    if not same or not tables or (first.kind == NESTED and not whole):
         return None
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(p, name) for p in parts])
 
     weight = joined("weight")
-    scales = weight if first.kind == FLOAT.value else joined("scales")
+    scales = weight if first.kind == FLOAT else joined("scales")
     bias = None
     if any(p.bias is not None for p in parts):
         zeros = [torch.zeros(p.n, device=weight.device) if p.bias is None else p.bias for p in parts]
         bias = torch.cat(zeros)
-    groups = joined("groups") if first.kind == NESTED.value else scales
-    table = scales if first.kind in (INT8.value, FLOAT.value) else first.table
-    code = first.code if first.kind == NESTED.value else scales
+    groups = joined("groups") if first.kind == NESTED else scales
+    table = scales if first.kind in (INT8, FLOAT) else first.table
+    code = first.code if first.kind == NESTED else scales
     return Packed(
         first.kind,
         sum(p.n for p in parts),
@@ -135,87 +134,12 @@ def parts_of(k: int, block: int) -> tuple[int, int]:
     """Two powers of two, in elements, that cover k with little to spare; the second may be 0."""
     first = 1 << (k.bit_length() - 1)
     rest = k - first
-    return first, 0 if rest == 0 else max(triton.next_power_of_2(rest), block)
-
-
-@triton.jit
-def fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr,
-          KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Codes of `rows` [r] from column k0 on, and their scales.
-
-    [r, WIDTH] and [r], or of 4 bits [r, blocks, BLOCK / 2] and [r, blocks].
-    """
-    if (KIND == 0) or (KIND == 3):
-        k = k0 + tl.arange(0, WIDTH)
-        inside = valid[:, None] & (k < K)[None, :]
-        codes = tl.load(w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0)
-        if KIND == 0:
-            scales = tl.load(scale_ptr + rows, mask=valid, other=0.0) * INT8_STEP
-        else:
-            scales = valid.to(tl.float32)
-        return codes, scales
-    else:
-        blocks: tl.constexpr = WIDTH // BLOCK
-        block = k0 // BLOCK + tl.arange(0, blocks)
-        inside = valid[:, None] & (block < K // BLOCK)[None, :]
-        index = rows.to(tl.int64)[:, None] * (K // BLOCK) + block[None, :]
-        byte = tl.arange(0, BLOCK // 2)
-        codes = tl.load(
-            w_ptr + index[:, :, None] * (BLOCK // 2) + byte[None, None, :], mask=inside[:, :, None], other=0
-        )
-        return codes, _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND)
-
-
-@triton.jit
-def _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND: tl.constexpr):
-    if KIND == 1:
-        return tl.load(scale_ptr + index, mask=inside, other=0.0)
-    else:
-        absmax = tl.load(scale_ptr + index, mask=inside, other=0).to(tl.int32)
-        group = index // NESTED_BLOCKS
-        scales = tl.load(code_ptr + absmax) * tl.load(group_ptr + group * 2, mask=inside, other=0.0)
-        scales += tl.load(group_ptr + group * 2 + 1, mask=inside, other=0.0)
-        return tl.where(inside, scales, 0.0)
-
-
-@triton.jit
-def fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr,
-                K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """As `fetch`, for `dot`: words of four codes [r, WIDTH / 4], or of eight [r, blocks, BLOCK / 8]."""
-    words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    if KIND == 0:
-        k = k0 // 4 + tl.arange(0, WIDTH // 4)
-        inside = valid[:, None] & (k < K // 4)[None, :]
-        words = tl.load(words_ptr + rows.to(tl.int64)[:, None] * (K // 4) + k[None, :], mask=inside, other=0)
-        return words, tl.load(scale_ptr + rows, mask=valid, other=0.0) * INT8_STEP
-    else:
-        block = k0 // BLOCK + tl.arange(0, WIDTH // BLOCK)
-        inside = valid[:, None] & (block < K // BLOCK)[None, :]
-        index = rows.to(tl.int64)[:, None] * (K // BLOCK) + block[None, :]
-        at = index[:, :, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, None, :]
-        words = tl.load(words_ptr + at, mask=inside[:, :, None], other=0)
-        return words, _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND)
-
-
-@triton.jit
-def decode(codes, table_ptr, KIND: tl.constexpr, LOOKUP: tl.constexpr):
-    """Values of the codes, float32: two of the codes' shape, the second of use for 4 bits only."""
-    if (KIND == 0) or (KIND == 3):
-        values = codes.to(tl.float32)
-        return values, values
-    elif LOOKUP == "":
-        code = codes.to(tl.int32)
-        return tl.load(table_ptr + (code >> 4)), tl.load(table_ptr + (code & 15))
-    else:
-        high, low = tl.inline_asm_elementwise(
-            LOOKUP, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
-        return high.to(tl.float32), low.to(tl.float32)
+    return first, 0 if rest == 0 else max(next_power_of_2(rest), block)
 
 
 # A word of four codes times four inputs, as in `dot`: the high bytes $3, the low ones $4.
 INT8_DOT = "dp4a.s32.s32 $0, $2, $3, 0; dp4a.s32.s32 $1, $2, $4, 0;"
-LEVELS = tl.constexpr(32639)  # of inputs and of 4-bit values, as two signed bytes: 127 * 256 + 127
+LEVELS = 32639  # of inputs and of 4-bit values, as two signed bytes: 127 * 256 + 127
 
 
 def _picked(codes: str, high: Sequence[int], low: Sequence[int]) -> Iterator[list[str]]:
@@ -255,7 +179,7 @@ def dot(table: Sequence[float]) -> str:
     As in `lookup`, but a value is two signed bytes and `dp4a` takes four of one byte at once. $2 are the codes, $3 and
     $4 the inputs' high bytes, $5 and $6 their low ones, of two neighbours the second first.
     """
-    levels = [round(value * LEVELS.value) for value in table]
+    levels = [round(value * LEVELS) for value in table]
     high = [(level + 128) >> 8 for level in levels]
     low = [level - 256 * byte for level, byte in zip(levels, high, strict=True)]
 
@@ -284,24 +208,3 @@ def lookup(table: Sequence[float]) -> str:
         lines += picked
         lines += [f"prmt.b32 ${half}, l, h, 0x7351;", f"prmt.b32 ${2 + half}, l, h, 0x6240;"]
     return "{ " + " ".join(lines) + " }"
-
-
-@triton.jit
-def columns(k0: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """Which activations the two values of a decoded tile are multiplied by."""
-    if (KIND == 0) or (KIND == 3):
-        k = k0 + tl.arange(0, WIDTH)
-        return k, k
-    else:
-        blocks: tl.constexpr = WIDTH // BLOCK
-        k = k0 + tl.arange(0, blocks)[:, None] * BLOCK + 2 * tl.arange(0, BLOCK // 2)[None, :]
-        return k, k + 1
-
-
-@triton.jit
-def product(high, low, scales, even, odd, KIND: tl.constexpr):
-    """The decoded tile times activations at `columns`: [r] float32."""
-    if (KIND == 0) or (KIND == 3):
-        return tl.sum(high * even[None, :], 1) * scales
-    else:
-        return tl.sum(tl.sum(high * even[None, :, :] + low * odd[None, :, :], 2) * scales, 1)

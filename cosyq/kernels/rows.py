@@ -7,17 +7,21 @@ from itertools import product
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cosyq.kernels.decode import PAGE, Layer
+from cosyq.kernels.launch import Kernel, cdiv, next_power_of_2
 from cosyq.kernels.packed import Packed
-from cosyq.kernels.row_attention import _attend_prompts, _attend_rows
-from cosyq.kernels.row_products import _added, _begin, _gated, _head, _turned
 
-DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 TOGETHER = 16  # positions of one prompt that attend together: prompts begin at multiples of it
+
+_attend_rows = Kernel("row_attention", "attend_rows")
+_attend_prompts = Kernel("row_attention", "attend_prompts")
+_begin = Kernel("row_products", "begin")
+_turned = Kernel("row_products", "turned")
+_gated = Kernel("row_products", "gated")
+_added = Kernel("row_products", "added")
+_head = Kernel("row_products", "head")
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,16 @@ class Tile:
 
     def columns(self, k: int) -> tuple[int, int, int]:
         """Of k columns: how many a step takes, how many a program, and in how many ways."""
-        step = min(self.k, max(triton.next_power_of_2(k), 16))
+        step = min(self.k, max(next_power_of_2(k), 16))
         if self.ways > 1 and step >= k:
             return step, step, min(self.ways, step // 16)
         step = min(step, 128)
-        return step, -(-triton.cdiv(k, self.splits) // step) * step, 1
+        return step, -(-cdiv(k, self.splits) // step) * step, 1
 
     def parts(self, rows: int, n: int, k: int) -> tuple[int, int]:
         """How many tiles there are, and how many sums of programs that share their columns."""
-        count = triton.cdiv(rows, self.m) * triton.cdiv(n, self.n)
-        splits = triton.cdiv(k, self.columns(k)[1])
+        count = cdiv(rows, self.m) * cdiv(n, self.n)
+        splits = cdiv(k, self.columns(k)[1])
         return count, count * splits * self.m * self.n if splits > 1 else 0
 
 
@@ -131,7 +135,7 @@ def rows_of(
     for rows, int8 in product(range(1, m + 1), (True, False)):
         t = tiles(rows, together=together, int8=int8)
         for tile, k in ((t.output, heads), (t.down, s.inner)):
-            squares = max(squares, rows * triton.cdiv(s.hidden, tile.n))
+            squares = max(squares, rows * cdiv(s.hidden, tile.n))
             needed = tile.parts(rows, s.hidden, k)
             counts, parts = max(counts, needed[0]), max(parts, needed[1])
 
@@ -169,25 +173,25 @@ class Pass:
     def launch(self, warps: int, stages: int) -> dict[str, Any]:
         return {"PDL": self.pdl, "num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if self.pdl else {})
 
-    def product(self, packed: Packed, tile: Tile, x: Tensor) -> dict[str, Any]:
+    def product(self, packed: Packed, tile: Tile) -> dict[str, Any]:
         step, span, _ = tile.columns(packed.k)
         return {
             "K": packed.k, "SPAN": span, "KIND": packed.kind, "BLOCK": packed.block, "LOOKUP": packed.lookup,
-            "DOT": DOT_DTYPES[x.dtype], "BM": tile.m, "BN": tile.n, "BK": step,
+            "BM": tile.m, "BN": tile.n, "BK": step,
             "EARLY": tile.m == 16 and not self.together,
         } | self.launch(tile.warps, tile.stages)  # fmt: skip
 
     def squares(self, producer: Tile) -> dict[str, int]:
         """Sums of a row that a product leaves which adds to x."""
-        count = triton.cdiv(self.shape.hidden, producer.n)
-        return {"TILES": count, "TILES_PADDED": triton.next_power_of_2(count)}
+        count = cdiv(self.shape.hidden, producer.n)
+        return {"TILES": count, "TILES_PADDED": next_power_of_2(count)}
 
 
 def begin(gain: Tensor, b: Rows, p: Pass) -> None:
     """What the first norm needs of x."""
     width = b.x.shape[1]
     _begin[(p.rows,)](
-        b.x, gain, b.gained, b.squares, K=width, PADDED=triton.next_power_of_2(width),
+        b.x, gain, b.gained, b.squares, K=width, PADDED=next_power_of_2(width),
         **p.squares(p.tiles.down), **p.launch(4, 1),
     )  # fmt: skip
 
@@ -198,9 +202,9 @@ def run_layer(layer: Layer, next_gain: Tensor, keys: Tensor, values: Tensor, b: 
     next_gain: of the norm that follows the layer.
     """
     t, m, s = p.tiles, p.rows, p.shape
-    turned = p.product(layer.qkv, t.qkv, b.gained) | {"WAYS": t.qkv.columns(layer.qkv.k)[2]}
+    turned = p.product(layer.qkv, t.qkv) | {"WAYS": t.qkv.columns(layer.qkv.k)[2]}
     turned["BN"] = min(t.qkv.n, s.dim)
-    _turned[((s.heads + 2 * s.kv_heads) * (s.dim // turned["BN"]), triton.cdiv(m, t.qkv.m))](
+    _turned[((s.heads + 2 * s.kv_heads) * (s.dim // turned["BN"]), cdiv(m, t.qkv.m))](
         b.gained, b.squares, *layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.owners, b.pages, b.q,
         keys, values, m, s.eps, page_stride=b.pages.stride(0), HEADS=s.heads, KV_HEADS=s.kv_heads, DIM=s.dim,
         PAGE=PAGE, **p.squares(t.down), **turned,
@@ -208,9 +212,9 @@ def run_layer(layer: Layer, next_gain: Tensor, keys: Tensor, values: Tensor, b: 
     attend(keys, values, b, p)
     _add(b.attended, layer.output, layer.mlp_norm, t.output, b, p)
     inner = layer.gate_up.n // 2
-    _gated[(triton.cdiv(inner, t.gate_up.n // 2), triton.cdiv(m, t.gate_up.m))](
+    _gated[(cdiv(inner, t.gate_up.n // 2), cdiv(m, t.gate_up.m))](
         b.gained, b.squares, *layer.gate_up.pointers, b.inner, m, s.eps, N=inner, **p.squares(t.output),
-        **p.product(layer.gate_up, t.gate_up, b.gained),
+        **p.product(layer.gate_up, t.gate_up),
     )  # fmt: skip
     _add(b.inner, layer.down, next_gain, t.down, b, p)
 
@@ -220,7 +224,7 @@ def attend(keys: Tensor, values: Tensor, b: Rows, p: Pass) -> None:
     s, given = p.shape, (b.q, keys, values, b.positions, b.owners, b.pages, b.attended)
     sizes = {"page_stride": b.pages.stride(0), "HEADS": s.heads, "KV_HEADS": s.kv_heads, "DIM": s.dim, "PAGE": PAGE}
     if p.together:
-        _attend_prompts[(triton.cdiv(p.rows, TOGETHER), s.heads)](
+        _attend_prompts[(cdiv(p.rows, TOGETHER), s.heads)](
             *given, p.rows, s.dim**-0.5, TOGETHER=TOGETHER, **sizes, **p.launch(4, 1)
         )
     else:
@@ -232,14 +236,14 @@ def attend(keys: Tensor, values: Tensor, b: Rows, p: Pass) -> None:
 
 def places(heads: int, kv_heads: int) -> int:
     """Rows of a tile that the heads which share keys take."""
-    return max(triton.next_power_of_2(heads // kv_heads), 16)
+    return max(next_power_of_2(heads // kv_heads), 16)
 
 
 def _add(y: Tensor, packed: Packed, gain: Tensor, tile: Tile, b: Rows, p: Pass) -> None:
-    count = triton.cdiv(packed.n, tile.n)
-    sizes = p.product(packed, tile, y) | {"WAYS": tile.columns(packed.k)[2]}
-    splits = triton.cdiv(packed.k, sizes["SPAN"])
-    _added[(count, triton.cdiv(p.rows, tile.m), splits)](
+    count = cdiv(packed.n, tile.n)
+    sizes = p.product(packed, tile) | {"WAYS": tile.columns(packed.k)[2]}
+    splits = cdiv(packed.k, sizes["SPAN"])
+    _added[(count, cdiv(p.rows, tile.m), splits)](
         y, *packed.pointers, b.x, gain, b.gained, b.squares, b.parts, b.counts, p.rows, N=packed.n, TILES=count,
         SPLITS=splits, **sizes,
     )  # fmt: skip
@@ -248,7 +252,7 @@ def _add(y: Tensor, packed: Packed, gain: Tensor, tile: Tile, b: Rows, p: Pass) 
 def run_head(head: Packed, which: Tensor, logits: Tensor, b: Rows, p: Pass) -> None:
     """logits [m, n] float32 of the normed x of the rows that `which` names, int32 [m] or more, written by no kernel."""
     m, t = logits.shape[0], p.tiles.head
-    _head[(triton.cdiv(head.n, t.n), triton.cdiv(m, t.m))](
+    _head[(cdiv(head.n, t.n), cdiv(m, t.m))](
         b.gained, b.squares, which, *head.pointers, logits, m, p.shape.eps, N=head.n, **p.squares(p.tiles.down),
-        **p.product(head, t, b.gained),
+        **p.product(head, t),
     )  # fmt: skip

@@ -105,7 +105,7 @@ class FusedLM:
         self.config, self.dtype, self.device = llm.config, dtype, llm.norm.weight.device
         self.pdl = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
         self.layers = [fused_layer(layer, dtype) for layer in llm.layers]
-        self.int8 = all(w.kind == INT8.value for y in self.layers for w in (y.qkv, y.output, y.gate_up, y.down))
+        self.int8 = all(w.kind == INT8 for y in self.layers for w in (y.qkv, y.output, y.gate_up, y.down))
         self.norm = llm.norm.weight.detach().float()
         self.head = packed_rows(llm.head, dtype)
         embedding: Any = llm.speech_embedding

@@ -5,7 +5,7 @@ import pytest
 
 from cosyq.kernels.packed import INT8_DOT, LEVELS, dot
 
-LIMIT = LEVELS.value
+LIMIT = LEVELS
 
 
 def signed(word: int) -> list[int]:

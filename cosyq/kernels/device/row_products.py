@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cosyq.kernels.overlap import let_next_start, wait
-from cosyq.kernels.packed import INT8_STEP, NESTED_BLOCKS, decode
+from cosyq.kernels.device.overlap import let_next_start, wait
+from cosyq.kernels.device.packed import INT8_STEP, NESTED_BLOCKS, decode
 
 GAINED = tl.constexpr(1 / 64)  # x times a gain is kept so much smaller, which a float16 needs
 
@@ -146,8 +146,8 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _begin(x_ptr, gain_ptr, gained_ptr, square_ptr, K: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr,
-           TILES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def begin_kernel(x_ptr, gain_ptr, gained_ptr, square_ptr, K: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr,
+                 TILES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row, k, tile = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, TILES_PADDED)
     gain = tl.load(gain_ptr + k, mask=k < K, other=0.0)
     wait(PDL)
@@ -158,13 +158,14 @@ def _begin(x_ptr, gain_ptr, gained_ptr, square_ptr, K: tl.constexpr, PADDED: tl.
 
 
 @triton.jit(do_not_specialize=["M"])
-def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, bias_ptr, cos_ptr, sin_ptr,
-            position_ptr, owner_ptr, page_ptr, q_ptr, key_ptr, value_ptr, M, eps, page_stride: tl.constexpr,
-            HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILES: tl.constexpr,
-            TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
-            LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            WAYS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def turned_kernel(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, bias_ptr, cos_ptr, sin_ptr,
+                  position_ptr, owner_ptr, page_ptr, q_ptr, key_ptr, value_ptr, M, eps, page_stride: tl.constexpr,
+                  HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+                  TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
+                  KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, WAYS: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Queries, keys and values of the normed x; the first two rotated, the last two stored in their row's page."""
+    dot: tl.constexpr = x_ptr.dtype.element_ty
     half: tl.constexpr = DIM // 2
     pairs: tl.constexpr = BN // 2
     head = tl.program_id(0) // (half // pairs)
@@ -173,9 +174,9 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     inside, at = m < M, tl.minimum(m, M - 1)
     if WAYS > 1:
-        w1 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, upper, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+        w1 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, upper, 0, K, KIND, BLOCK, LOOKUP, dot, WAYS,
                       BN // 2, BK)  # fmt: skip
-        w2 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, lower, 0, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+        w2 = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, lower, 0, K, KIND, BLOCK, LOOKUP, dot, WAYS,
                       BN // 2, BK)  # fmt: skip
     else:
         column = tl.arange(0, BN)
@@ -196,7 +197,7 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
         one, two = _times(x, w1), _times(x, w2)
     else:
         one, two = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, n, 0, SPAN, K,
-                                       KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
+                                       KIND, BLOCK, LOOKUP, dot, BM, BN, BK), BM, BN)  # fmt: skip
     let_next_start(PDL and not EARLY)
     one = one * factor[:, None] * scale1[None, :] + bias1[None, :]
     two = two * factor[:, None] * scale2[None, :] + bias2[None, :]
@@ -216,11 +217,12 @@ def _turned(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr,
 
 
 @triton.jit(do_not_specialize=["M"])
-def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
-           TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, KIND: tl.constexpr,
-           BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-           BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def gated_kernel(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps, N: tl.constexpr,
+                 TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
+                 KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """silu(gate) * up of the normed x, [M, N]; the weight's first N rows are the gate's."""
+    dot: tl.constexpr = x_ptr.dtype.element_ty
     pairs: tl.constexpr = BN // 2
     out = tl.program_id(0) * pairs + tl.arange(0, pairs)
     n = tl.minimum(out, N - 1)
@@ -233,7 +235,7 @@ def _gated(x_ptr, square_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, 
     let_next_start(PDL and EARLY)
     factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     gate, up = _halves(_accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, both, 0, SPAN, K,
-                                   KIND, BLOCK, LOOKUP, DOT, BM, BN, BK), BM, BN)  # fmt: skip
+                                   KIND, BLOCK, LOOKUP, dot, BM, BN, BK), BM, BN)  # fmt: skip
     let_next_start(PDL and not EARLY)
     gate *= factor[:, None] * scale1[None, :]
     up *= factor[:, None] * scale2[None, :]
@@ -257,18 +259,19 @@ def _leave(x, gain, m, n, M, x_ptr, gained_ptr, square_ptr, N: tl.constexpr, TIL
 
 
 @triton.jit(do_not_specialize=["M"])
-def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_ptr, gained_ptr, square_ptr, part_ptr,
-           count_ptr, M, N: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
-           K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr,
-           EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def added_kernel(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_ptr, gained_ptr, square_ptr,
+                 part_ptr, count_ptr, M, N: tl.constexpr, TILES: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+                 K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr, BK: tl.constexpr, WAYS: tl.constexpr, EARLY: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """x [M, N] += y [M, K] times the weight, whose columns `SPLITS` programs share; the last to end adds up."""
+    dot: tl.constexpr = y_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     first = tl.program_id(2) * SPAN
     at, row = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
     if WAYS > 1:
-        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, K, KIND, BLOCK, LOOKUP, DOT, WAYS,
+        w = _weights(w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, K, KIND, BLOCK, LOOKUP, dot, WAYS,
                      BN, BK)  # fmt: skip
     row_scale = _row_scales(scale_ptr, row, KIND)
     gain = tl.load(gain_ptr + row)
@@ -281,7 +284,7 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
         total = _times(y, w)
     else:
         total = _accumulate(y_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, first, SPAN, K, KIND,
-                            BLOCK, LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+                            BLOCK, LOOKUP, dot, BM, BN, BK)  # fmt: skip
     let_next_start(PDL and not EARLY)
     total *= row_scale[None, :]
     if SPLITS == 1:
@@ -300,11 +303,12 @@ def _added(y_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, x_ptr, gain_
 
 
 @triton.jit(do_not_specialize=["M"])
-def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps,
-          N: tl.constexpr, TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
-          KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, DOT: tl.constexpr, BM: tl.constexpr,
-          BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def head_kernel(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, out_ptr, M, eps,
+                N: tl.constexpr, TILES: tl.constexpr, TILES_PADDED: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr,
+                KIND: tl.constexpr, BLOCK: tl.constexpr, LOOKUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                BK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The normed x of some rows times the weight, [M, N]."""
+    dot: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     at, row = tl.load(which_ptr + tl.minimum(m, M - 1)), tl.minimum(n, N - 1)
@@ -313,7 +317,7 @@ def _head(x_ptr, square_ptr, which_ptr, w_ptr, scale_ptr, table_ptr, group_ptr, 
     let_next_start(PDL and EARLY)
     factor = _factor(_squares(square_ptr, at, TILES, TILES_PADDED), eps, K)
     total = _accumulate(x_ptr, at, w_ptr, scale_ptr, table_ptr, group_ptr, code_ptr, row, 0, SPAN, K, KIND, BLOCK,
-                        LOOKUP, DOT, BM, BN, BK)  # fmt: skip
+                        LOOKUP, dot, BM, BN, BK)  # fmt: skip
     let_next_start(PDL and not EARLY)
     total *= row_scale[None, :] * factor[:, None]
     tl.store(out_ptr + m[:, None] * N + n[None, :], total, mask=(m < M)[:, None] & (n < N)[None, :])

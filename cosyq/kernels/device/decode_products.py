@@ -6,45 +6,10 @@ the largest input. Floats are decoded and multiplied, and so are rows that canno
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-from cosyq.kernels.packed import (
-    FOUR_BIT,
-    LEVELS,
-    NESTED,
-    Packed,
-    columns,
-    decode,
-    fetch,
-    fetch_words,
-    parts_of,
-    product,
-)
-
-
-class Matrix(NamedTuple):
-    """What a kernel has to know of a `Packed`, whose rows it takes in tiles, and whose columns in two parts."""
-
-    n: int
-    k: int
-    kind: int
-    block: int
-    lookup: str
-    dot: str
-    first: int
-    rest: int
-    tile: int
-
-
-class Heads(NamedTuple):
-    query: int
-    kv: int
-    dim: int
-    pages_a_row: int
-    page: int
+from cosyq.kernels.device.packed import LEVELS, columns, decode, fetch, fetch_words, product
 
 
 @triton.jit
@@ -229,12 +194,3 @@ def times(tile, inputs, table_ptr, W: tl.constexpr):
                 return _summed(high + more_high, low + more_low, scales, W) * inputs[2]
             else:
                 return (_summed(high, low, scales, W) + _summed(more_high, more_low, more_scales, W)) * inputs[2]
-
-
-def matrix(w: Packed, tile: int) -> Matrix:
-    """Of `w`, in tiles of so many rows."""
-    first, rest = parts_of(w.k, w.block)
-    if first == rest and w.kind in (FOUR_BIT.value, NESTED.value):  # wide enough for loads of 16 bytes
-        first, rest = 2 * first, 0
-    dot = "" if w.k % 4 else w.dot  # rows are read in words
-    return Matrix(w.n, w.k, w.kind, w.block, w.lookup, dot, first, rest, tile)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cosyq.kernels.overlap import let_next_start, wait
+from cosyq.kernels.device.overlap import let_next_start, wait
 
 
 @triton.jit
@@ -36,9 +36,9 @@ def _merged(out, largest, total, other_out, other_largest, other_total):
 
 
 @triton.jit
-def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, part_ptr, stat_ptr, count_ptr,
-                 softmax_scale, page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
-                 DIM: tl.constexpr, PAGE: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def attend_rows_kernel(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, part_ptr, stat_ptr,
+                       count_ptr, softmax_scale, page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+                       DIM: tl.constexpr, PAGE: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """All heads of one row that share keys, over one page; who comes last of the row's pages merges them.
 
     All but the row's last position was there before the kernel in front began, and is fetched while that one runs.
@@ -97,9 +97,9 @@ def _attend_rows(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, o
 
 
 @triton.jit(do_not_specialize=["M"])
-def _attend_prompts(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, M, softmax_scale,
-                    page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
-                    PAGE: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def attend_prompts_kernel(q_ptr, key_ptr, value_ptr, position_ptr, owner_ptr, page_ptr, out_ptr, M, softmax_scale,
+                          page_stride: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
+                          PAGE: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One head at `TOGETHER` positions of one utterance."""
     i, d, head = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER), tl.arange(0, DIM), tl.program_id(1)
     inside, at = i < M, tl.minimum(i, M - 1)
