@@ -15,6 +15,7 @@ from typing import Any, Literal
 from cosyq import __version__
 from cosyq.errors import NetworkError
 from cosyq.hub.client import cache_folder, reach, token
+from cosyq.kernels import store
 
 # What the published model takes at most: 3.3 GB of memory to quantize (docs/numbers.md) and the rest of a system beside
 # it; 4.4 GB to download; 2.9 GB to keep as fp32.
@@ -115,14 +116,13 @@ def _compiler() -> Check:
 
 
 def _kernel_cache() -> Check:
-    """Where Triton keeps them from one start to the next."""
-    home = Path(os.environ.get("TRITON_HOME") or Path.home())
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
+    """Where they are kept from one start to the next."""
+    folder = store.folder()
     existing = _existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        found = f"{folder} cannot be written: kernels are compiled at every start"
-        return Check("kernels cache", "note", found, "name a folder that is kept in TRITON_CACHE_DIR")
-    return Check("kernels cache", "ok", f"{sum(1 for _ in folder.glob('*/*.cubin'))} in {folder}")
+        found = f"{folder} cannot be written: kernels are looked for in Triton's cache at every start, or compiled"
+        return Check("kernels cache", "note", found, "name a folder that is kept in XDG_CACHE_HOME")
+    return Check("kernels cache", "ok", f"{sum(1 for _ in folder.glob('*.kernel'))} in {folder}")
 
 
 def _existing(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all."""
+"""Where files go, and how: one appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,3 +26,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def cache_folder(kind: str) -> Path:
+    """Where the XDG Base Directory Specification has a program keep what it can make again."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
+    return base / "cosyq" / kind

@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 from stand_in_hub import TOKEN, Repository
 
 from cosyq import __version__, doctor
+from cosyq.kernels import store
 
 SOURCE = "FunAudioLLM/Fun-CosyVoice3-0.5B-2512"
 
@@ -103,22 +104,26 @@ def test_what_compiles_kernels_and_where_they_are_kept(checks, monkeypatch, tmp_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
-    (tmp_path / "cache" / "AB").mkdir(parents=True)
-    (tmp_path / "cache" / "AB" / "step.cubin").write_bytes(b"")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store.folder.cache_clear()
+    kept = store.folder()
+    assert kept.is_relative_to(tmp_path / "cache" / "cosyq")
+    kept.mkdir(parents=True)
+    (kept / "step.kernel").write_bytes(b"")
     monkeypatch.setenv("CC", sys.executable)
     code, found = checks()
     assert code == 0
     assert found["kernels"].found == f"triton {importlib.metadata.version('triton')}, {sys.executable}"
-    assert (found["kernels cache"].status, found["kernels cache"].found) == ("ok", f"1 in {tmp_path / 'cache'}")
+    assert (found["kernels cache"].status, found["kernels cache"].found) == ("ok", f"1 in {kept}")
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "cache"))
+    store.folder.cache_clear()
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
     code, found = checks()
     assert code == 0
     assert "no C compiler" in found["kernels"].found
-    assert (found["kernels cache"].status, found["kernels cache"].remedy[-16:]) == ("note", "TRITON_CACHE_DIR")
+    assert (found["kernels cache"].status, found["kernels cache"].remedy[-16:]) == ("note", "n XDG_CACHE_HOME")
     version = importlib.metadata.version
 
     def without(name):

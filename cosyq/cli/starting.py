@@ -11,7 +11,7 @@ from typing import Any
 
 from cosyq.artifact import ahead
 from cosyq.artifact.names import HOST_TENSOR, STAGE_FILES
-from cosyq.kernels.start import begin_context, begin_hash, begin_kernels
+from cosyq.kernels.start import begin_context, begin_kernels
 from cosyq.text import apart
 from cosyq.text.tokenizer import FILE_NAME
 
@@ -30,9 +30,7 @@ def starting(folder: Path, device: str, dtype: str = "auto", engine: str = "auto
     Arguments as in `runtime.synthesizer.load`.
     """
     fused = engine in ("auto", "fused", "fused8")
-    if fused:
-        begin_hash(device)
-    apart.begin(folder / FILE_NAME)  # both before there is a thread
+    apart.begin(folder / FILE_NAME)  # before there is a thread
     ahead.announce({folder / name: HOST_TENSOR.get(stage) for stage, name in STAGE_FILES.items()})
 
     contexts: list[Any] = []

@@ -23,6 +23,7 @@ from cosyq.eval.evaluation import Compared, Evaluation
 from cosyq.eval.metric import Series, judge
 from cosyq.eval.spoken import Aloud, speak_both
 from cosyq.eval.stages import Arithmetic, compare
+from cosyq.files import cache_folder
 from cosyq.runtime.request import Requests
 from cosyq.runtime.synthesizer import Synthesizer, load
 from cosyq.sequences import Heard, Progress, Spoken, read_spoken, shown, speak, write_spoken
@@ -151,13 +152,6 @@ def _origin(reference: Artifact, texts: Sequence[str], voices: Sequence[Voice], 
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder(kind: str) -> Path:
-    """Where the XDG Base Directory Specification has a program keep what it can make again."""
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
-    return base / "cosyq" / kind
 
 
 def prepare_folder(folder: Path, remedy: str) -> None:

@@ -1,11 +1,23 @@
-"""Kernels by name, launched as Triton's are."""
+"""Kernels by name: launched as they were compiled at some time, and compiled where they were not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosyq.kernels import driver, store
+from cosyq.kernels.store import Binary
+
+log = logging.getLogger(__name__)
+
+HANDED_OVER = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f", "constexpr": ""}  # by Triton's names of types
+ALIGNED = 16  # bytes of an address, or whole numbers that are a multiple of it, are compiled as such
 
 
 def cdiv(a: int, b: int) -> int:
@@ -18,16 +30,88 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+UNKNOWN = "unknown"  # kind of what Triton has to hand over
+
+Launch = Callable[[Sequence[int], Sequence[Any]], None]
+
+
 class Kernel:
-    """`NAME_kernel` of a module of `cosyq.kernels.device`: `kernel[grid](*arguments, **constants)`."""
+    """`NAME_kernel` of a module of `cosyq.kernels.device`, launched by `kernel[grid](*arguments, **constants)`.
+
+    Tensors and numbers are arguments, in tuples too; what is compiled in, and what Triton has besides (`num_warps`),
+    has a name. Tensors lie on one device; where that is no GPU, Triton has to interpret it.
+    """
 
     def __init__(self, module: str, name: str):
         self._module, self._name = module, name
+        self._found: dict[Any, Launch | None] = {}
 
     @cached_property
-    def _compiler(self) -> Any:
+    def _triton(self) -> Any:
         return getattr(import_module(f"cosyq.kernels.device.{self._module}"), f"{self._name}_kernel")
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        launch: Callable[..., Any] = self._compiler[grid]
-        return launch
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: Sequence[int], *arguments: Any, **constants: Any) -> None:
+        values = list(_laid_open(arguments))
+        device = next((value.device for value in values if isinstance(value, Tensor)), None)
+        if device is None or device.type != "cuda":
+            self._triton[grid](*arguments, **constants)
+            return
+        key = device.index, _kind(arguments), tuple(constants.items())
+        if key not in self._found:
+            self._found[key] = self._find(key, grid, arguments, constants)
+        launch = self._found[key]
+        if launch is None:
+            self._triton[grid](*arguments, **constants)
+        else:
+            launch(grid, values)
+
+    def _find(self, key: Any, grid: Sequence[int], arguments: Any, constants: Any) -> Launch | None:
+        """None where only Triton can launch it."""
+        index, kinds, constant = key
+        named = self._module, self._name, torch.cuda.get_device_capability(index), kinds, constant
+        binary = store.find(named)
+        if binary is None and UNKNOWN not in _laid_open(kinds):
+            binary = compiled(self._triton.warmup(*arguments, grid=grid, **constants), len(arguments))
+            if binary is not None:
+                store.keep(named, binary)
+        if binary is not None:
+            try:
+                return driver.load(binary, index)
+            except (ValueError, AttributeError) as error:
+                log.warning("%s is launched by Triton: %s", self._name, error)
+        return None
+
+
+def _laid_open(arguments: Sequence[Any]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from _laid_open(argument)
+        else:
+            yield argument
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles an argument by, or more."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % ALIGNED == 0
+    if type(value) is int:
+        return -(2**31) <= value < 2**31, value == 1, value % ALIGNED == 0
+    return "float" if type(value) is float else UNKNOWN
+
+
+def compiled(kernel: Any, arguments: int) -> Binary | None:
+    """What Triton compiled, with so many arguments before what is compiled in; None where only it can launch that."""
+    about = kernel.metadata
+    scratch = [getattr(about, f"{kind}_scratch_size", 0) for kind in ("global", "profile")]
+    if about.num_ctas != 1 or about.launch_cooperative_grid or any(scratch):
+        return None
+    types = list(_laid_open(tuple(kernel.src.signature.values())[:arguments]))
+    if not all(kind in HANDED_OVER or kind.startswith("*") for kind in types):
+        return None
+    takes = tuple(HANDED_OVER.get(kind, "Q") for kind in types)
+    return Binary(about.name, about.shared, about.num_warps, bool(about.launch_pdl), takes, kernel.asm["cubin"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosyq.text.apart import may_fork
-
 if TYPE_CHECKING:
     import torch
 
@@ -22,8 +19,7 @@ if TYPE_CHECKING:
 WORKSPACE = ":4096:2:16:8"
 VARIABLES = {
     "CUDA_MODULE_LOADING": "LAZY",  # as torch does, and as early as the driver reads it
-    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # both would look through what is installed
-    "TRITON_BACKENDS_IN_TREE": "1",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # it would look through what is installed
 }
 
 
@@ -65,74 +61,14 @@ def _make_context(index: int, then: Callable[[Any, Any], None] | None) -> None:
 
 
 @cache
-def begin_kernels(device: torch.device, dtype: torch.dtype) -> tuple[threading.Thread, ...]:
+def begin_kernels(device: torch.device, dtype: torch.dtype) -> threading.Thread:
     """Begin, once a process, what the first kernels would wait for, and the first products in `dtype`.
 
-    Triton hashes itself, half a second, and keeps what it found: it is part of the names under which compiled kernels
-    lie on the disk. And what is loaded at its first use is used: cuBLAS, which takes 0.1 s, and kernels of torch's in
-    libraries of their own, up to 0.06 s each. They serve who comes when the threads are done.
+    What is loaded at its first use is used: cuBLAS, which takes 0.1 s, and kernels of torch's in libraries of their
+    own, up to 0.06 s each. They serve who comes when the thread is done.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)  # read with the first product
-    os.environ.setdefault("TRITON_STORE_BINARY_ONLY", "1")  # what led to a kernel would be read with it, every time
-    return _begin("compiler", _hash), _begin("kernels", lambda: _use(device, dtype))
-
-
-def begin_hash(device: str) -> None:
-    """Let a forked child hash Triton, before there are threads: one of them would want Python's lock a thousand times.
-
-    Args:
-        device: auto, cpu, cuda or cuda:N.
-    """
-    global _hashing
-    if _hashing is None and _gpu(device) is not None and find_spec("triton") is not None and may_fork():
-        with suppress(OSError):
-            _hashing = _Hashing()
-
-
-class _Hashing:
-    """The child, whose answer is a line."""
-
-    def __init__(self) -> None:
-        answered, answer = os.pipe()
-        self._child = os.fork()
-        if self._child == 0:
-            try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-                os.write(answer, _triton_key().encode() + b"\n")
-            finally:
-                os._exit(0)
-        os.close(answer)
-        self._answer = os.fdopen(answered, "rb")
-
-    def key(self) -> str:
-        """Nothing if the child could not tell."""
-        with self._answer, suppress(OSError):
-            said = self._answer.read()
-            os.waitpid(self._child, 0)
-            return said.decode().removesuffix("\n") if said.endswith(b"\n") else ""
-        return ""
-
-
-_hashing: _Hashing | None = None
-
-
-def _hash() -> None:
-    """Where this Triton has no such function, the first kernel waits for it."""
-    global _hashing
-    (key, _hashing) = ("" if _hashing is None else _hashing.key()), None
-    with suppress(ImportError, OSError):
-        from triton.runtime import cache
-
-        if key and hasattr(cache, "triton_key"):
-            cache.triton_key = lambda: key  # the name that names of kernels are made with
-        else:
-            _triton_key()
-
-
-def _triton_key() -> str:
-    from triton.runtime.cache import triton_key
-
-    return str(triton_key())
+    return _begin("kernels", lambda: _use(device, dtype))
 
 
 def _use(device: torch.device, dtype: torch.dtype) -> None:

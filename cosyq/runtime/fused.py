@@ -40,8 +40,7 @@ class FusedEngine(TorchEngine):
         super().__init__(artifact, name, device, dtype)
         self._lm = FusedLM(self.llm, dtype)
         self._solver = FusedFlow(self.flow, coded=name == "fused8")
-        for thread in begun:
-            thread.join()
+        begun.join()
         self.vocoder = FusedVocoder(self.vocoder)  # type: ignore[assignment]
         self._alone: FusedDecoder | None = None
         self._pasts = Pasts()

@@ -192,7 +192,7 @@ def load(
     name, arithmetic = pick_engine(engine, place), pick_dtype(dtype, place)
     if name in ("fused", "fused8"):
         begin_kernels(place, arithmetic)  # beside the import
-        from cosyq.runtime.fused import FusedEngine  # Triton is not everywhere
+        from cosyq.runtime.fused import FusedEngine
 
         return Synthesizer(opened, FusedEngine(opened, name, place, arithmetic), time.perf_counter() - started)
     kind = CpuEngine if name == "cpu" else TorchEngine

@@ -18,8 +18,9 @@ import cosyq
 from cosyq.build import Build
 from cosyq.checkpoint.reader import file_sha256
 from cosyq.errors import DeviceError
-from cosyq.eval.run import cache_folder, listen, prepare_folder
+from cosyq.eval.run import listen, prepare_folder
 from cosyq.eval.stages import Arithmetic
+from cosyq.files import cache_folder
 from cosyq.lossless import lossless, lossless_recipe
 from cosyq.recipe import Recipe
 from cosyq.sequences import artifact_voices

@@ -54,16 +54,13 @@ def test_what_a_gpu_needs_is_begun_behind_its_context(monkeypatch, arguments, ke
         return True
 
     monkeypatch.setattr(module, "begin_context", context)
-    monkeypatch.setattr(module, "begin_hash", lambda device: done.append("hash"))
     monkeypatch.setattr(module.apart, "begin", lambda path: done.append("tokenizer"))
     monkeypatch.setattr(ahead, "read", lambda *about: done.append((about, sorted(path.name for path in ahead._begun))))
     monkeypatch.setattr(module, "begin_kernels", lambda device, dtype: done.append((str(device), dtype)))
     with starting(Path("folder"), *asked):
         pass
-    hashed = [] if "reference" in asked else ["hash"]
     files = ["flow.safetensors", "llm.safetensors", "vocoder.safetensors"]
     expected = [
-        *hashed,
         "tokenizer",
         asked[0],
         (("driver", 1 if gpu else None), files),

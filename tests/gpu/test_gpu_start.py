@@ -1,5 +1,8 @@
-"""Weights that lie on the GPU before torch asks for them: `TRITON_INTERPRET=0 pytest -m gpu tests/gpu`."""
+"""Weights and kernels that are there before they are asked for: `TRITON_INTERPRET=0 pytest -m gpu tests/gpu`."""
 
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -41,3 +44,23 @@ def test_stages_that_were_read_ahead_are_the_same(recipe, tmp_path, monkeypatch)
     assert not any(there() for there in used), "they are free again"
     for a, b in zip(plain, early, strict=True):
         assert all(torch.equal(x, y) and x.device == y.device for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_a_second_process_needs_no_compiler(tmp_path):
+    assert run(["checkpoint", "random", str(tmp_path / "checkpoint"), "--size", "small"]) == 0
+    made = ["--source", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "a"), "--device", "cuda"]
+    assert run(["quantize", "int8", *made, "--set", "voices=[]"]) == 0
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+
+    def speak(name, before):
+        script = f"import sys; {before}; from cosyq.cli.main import main; main()"
+        voice, out = str(tmp_path / "checkpoint" / "voice.safetensors"), str(tmp_path / name)
+        asked = ["synth", "One, two.", "-a", str(tmp_path / "a"), "-v", voice, "-o", out, "--seed", "1"]
+        command = [sys.executable, "-c", script, *asked, "--engine", "fused"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / name).read_bytes()
+
+    first = speak("first.wav", "pass")
+    assert [*(tmp_path / "cache").rglob("*.kernel")]
+    assert speak("second.wav", "sys.modules['triton'] = None") == first
