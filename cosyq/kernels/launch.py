@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from cosyq.kernels import driver, store
 from cosyq.kernels.store import Binary
-
-log = logging.getLogger(__name__)
 
 HANDED_OVER = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f", "constexpr": ""}  # by Triton's names of types
 ALIGNED = 16  # bytes of an address, or whole numbers that are a multiple of it, are compiled as such
@@ -38,8 +36,8 @@ Launch = Callable[[Sequence[int], Sequence[Any]], None]
 class Kernel:
     """`NAME_kernel` of a module of `cosyq.kernels.device`, launched by `kernel[grid](*arguments, **constants)`.
 
-    Tensors and numbers are arguments, in tuples too; what is compiled in, and what Triton has besides (`num_warps`),
-    has a name. Tensors lie on one device; where that is no GPU, Triton has to interpret it.
+    Tensors, numbers and None are arguments, in tuples too; what is compiled in, and what Triton has besides
+    (`num_warps`), has a name. Tensors lie on one device; where that is no GPU, Triton has to interpret it.
     """
 
     def __init__(self, module: str, name: str):
@@ -78,10 +76,8 @@ class Kernel:
             if binary is not None:
                 store.keep(named, binary)
         if binary is not None:
-            try:
+            with suppress(OSError, AttributeError, ValueError):  # of a driver that is too old, or not Linux's
                 return driver.load(binary, index)
-            except (ValueError, AttributeError) as error:
-                log.warning("%s is launched by Triton: %s", self._name, error)
         return None
 
 
@@ -101,7 +97,7 @@ def _kind(value: Any) -> Any:
         return value.dtype, value.data_ptr() % ALIGNED == 0
     if type(value) is int:
         return -(2**31) <= value < 2**31, value == 1, value % ALIGNED == 0
-    return "float" if type(value) is float else UNKNOWN
+    return "none" if value is None else "float" if type(value) is float else UNKNOWN
 
 
 def compiled(kernel: Any, arguments: int) -> Binary | None:

@@ -47,7 +47,7 @@ def test_stages_that_were_read_ahead_are_the_same(recipe, tmp_path, monkeypatch)
 
 
 def test_a_second_process_needs_no_compiler(tmp_path):
-    assert run(["checkpoint", "random", str(tmp_path / "checkpoint"), "--size", "small"]) == 0
+    assert run(["checkpoint", "random", str(tmp_path / "checkpoint")]) == 0
     made = ["--source", str(tmp_path / "checkpoint"), "-o", str(tmp_path / "a"), "--device", "cuda"]
     assert run(["quantize", "int8", *made, "--set", "voices=[]"]) == 0
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
