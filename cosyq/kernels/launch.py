@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib import import_module
 from typing import Any
 
@@ -72,6 +73,7 @@ class Kernel:
         named = self._module, self._name, torch.cuda.get_device_capability(index), kinds, constant
         binary = store.find(named)
         if binary is None and UNKNOWN not in _laid_open(kinds):
+            _tell()
             binary = compiled(self._triton.warmup(*arguments, grid=grid, **constants), len(arguments))
             if binary is not None:
                 store.keep(named, binary)
@@ -79,6 +81,12 @@ class Kernel:
             with suppress(OSError, AttributeError, ValueError):  # of a driver that is too old, or not Linux's
                 return driver.load(binary, index)
         return None
+
+
+@cache
+def _tell() -> None:
+    """Once a process: it is what a first start takes long for, a second or two for each of some sixty."""
+    logging.getLogger(__name__).warning("compiling kernels for this GPU, which are kept in %s", store.folder())
 
 
 def _laid_open(arguments: Sequence[Any]) -> Iterator[Any]:

@@ -67,6 +67,8 @@ def run(mode, folder):
     environment["TRITON_CACHE_DIR"] = str(folder / "triton")
     done = subprocess.run([sys.executable, "-c", SCRIPT, mode], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    told = [f"compiling kernels for this GPU, which are kept in {path.parent}" for path in folder.rglob("*.kernel")][:1]
+    assert done.stderr.splitlines() == (told if mode == "compile" else [])
     said, imported = done.stdout.splitlines()
     return eval(said), imported == "True"
 
