@@ -85,7 +85,7 @@ class Kernel:
 
 @cache
 def _tell() -> None:
-    """Once a process: it is what a first start takes long for, a second or two for each of some sixty."""
+    """Once a process: it takes a core one to four seconds for each of some sixty (docs/speed.md)."""
     logging.getLogger(__name__).warning("compiling kernels for this GPU, which are kept in %s", store.folder())
 
 

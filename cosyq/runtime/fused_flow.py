@@ -28,6 +28,7 @@ from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
 from cosyq.runtime.flow_room import BESIDE_ITS_OWN, Room, View, padded_tokens
 from cosyq.runtime.flow_weights import Block, Codes, convolutions, scratch_places
 from cosyq.runtime.look_ahead import look_ahead
+from cosyq.runtime.recording import recorded
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
 FINE = 768  # beyond so many, twice that
@@ -248,16 +249,11 @@ class FusedFlow:
 
     def _do_and_capture(self, work: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
         """Capture work, and launch it behind what the current stream holds."""
-        current, graph = torch.cuda.current_stream(self.device), torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs take turns
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
-            graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
-            try:
-                work()
-            finally:
-                graph.capture_end()
+            graph = recorded(work, pool)
             graph.replay()
         current.wait_stream(stream)
         return graph

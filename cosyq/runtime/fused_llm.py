@@ -23,6 +23,7 @@ from cosyq.quantize.linear import DequantLinear, PackedEmbedding
 from cosyq.runtime.batch import BatchDecoder
 from cosyq.runtime.chunks import chunks
 from cosyq.runtime.forward import Prompt
+from cosyq.runtime.recording import recorded
 from cosyq.runtime.transfer import sent
 
 FIRST_PAGES = 4  # of a row: 512 positions, a prompt and ten seconds
@@ -273,14 +274,7 @@ class Recordings:
             return
         graph = self._graphs.get(key)
         if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # torch.cuda.graph would collect garbage, wait for the device and empty the allocator's cache.
-            graph.capture_begin(capture_error_mode="relaxed")  # as loading a kernel may need
-            try:
-                launch()
-            finally:
-                graph.capture_end()
-            self._graphs[key] = graph
+            graph = self._graphs[key] = recorded(launch)
         graph.replay()
 
     def clear(self) -> None:

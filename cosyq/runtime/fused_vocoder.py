@@ -13,6 +13,7 @@ from cosyq.kernels.excitation import excite, pitch_conv, transform
 from cosyq.kernels.streaming import Extent, Rows
 from cosyq.kernels.vocoder import Activation, Conv, conv, mix, overlap_add
 from cosyq.model.vocoder import MAX_MAGNITUDE, NOISE_FRAMES, StreamState, Vocoder, excitation_noise
+from cosyq.runtime.recording import recorded
 from cosyq.runtime.vocoder_buffers import Buffers, Tails, split
 from cosyq.runtime.vocoder_weights import Pair, Stage, pack
 
@@ -74,18 +75,11 @@ class FusedVocoder:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         """Record the kernels, which compiles or loads them."""
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             with torch.cuda.stream(torch.cuda.Stream()):
-                # torch.cuda.graph would collect garbage, too, which at a process's start is a fifth of a second.
-                graph.capture_begin(capture_error_mode="relaxed")  # as loading a kernel may need
-                try:
-                    self._launch()
-                finally:
-                    graph.capture_end()
-        return graph
+                return recorded(self._launch)
 
     def _launch(self) -> None:
         """One chunk, from `counts`, `mel`, the noise and the tails before to `wav` and the tails after."""

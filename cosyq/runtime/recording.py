@@ -1,0 +1,26 @@
+"""CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def recorded(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """What is launched on the current stream, which must not be the default one; nothing of it runs before a replay.
+
+    torch.cuda.graph would besides collect garbage, which at a process's start is a fifth of a second, wait for the
+    device and empty the allocator's cache.
+
+    Args:
+        pool: of a graph that is never replayed beside this one, whose memory it may use.
+    """
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
+    try:
+        launch()
+    finally:
+        graph.capture_end()
+    return graph
