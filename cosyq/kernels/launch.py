@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+T = TypeVar("T")
 UNKNOWN = "unknown"  # kind of what Triton has to hand over
 
 Launch = Callable[[Sequence[int], Sequence[Any]], None]
@@ -60,27 +64,88 @@ class Kernel:
             return
         key = device.index, _kind(arguments), tuple(constants.items())
         if key not in self._found:
-            self._found[key] = self._find(key, grid, arguments, constants)
+            named = self._module, self._name, torch.cuda.get_device_capability(device), *key[1:]
+            binary = store.find(named)
+            if binary is None and UNKNOWN not in _laid_open(key[1]):
+                job = partial(self._compile, named, grid, arguments, constants)
+                if _turn.whole:
+                    raise _NotCompiledError
+                if _turn.order is not None:
+                    _turn.order((self, key), job)
+                    return
+                binary = job()
+            self._found[key] = _loaded(binary, device.index)
+        if _turn.order is not None:
+            return
         launch = self._found[key]
         if launch is None:
             self._triton[grid](*arguments, **constants)
         else:
             launch(grid, values)
 
-    def _find(self, key: Any, grid: Sequence[int], arguments: Any, constants: Any) -> Launch | None:
-        """None where only Triton can launch it."""
-        index, kinds, constant = key
-        named = self._module, self._name, torch.cuda.get_device_capability(index), kinds, constant
-        binary = store.find(named)
-        if binary is None and UNKNOWN not in _laid_open(kinds):
-            _tell()
-            binary = compiled(self._triton.warmup(*arguments, grid=grid, **constants), len(arguments))
-            if binary is not None:
-                store.keep(named, binary)
+    def _compile(self, named: Any, grid: Any, arguments: Any, constants: Any) -> Binary | None:
+        _tell()
+        binary = compiled(self._triton.warmup(*arguments, grid=grid, **constants), len(arguments))
         if binary is not None:
-            with suppress(OSError, AttributeError, ValueError):  # of a driver that is too old, or not Linux's
-                return driver.load(binary, index)
-        return None
+            store.keep(named, binary)
+        return binary
+
+
+class _Turn(threading.local):
+    """What a thread does with kernels.
+
+    whole: it launches none unless all are compiled.
+    order: it launches none; those that are not compiled are ordered.
+    """
+
+    whole = False
+    order: Callable[[Any, Callable[[], Any]], None] | None = None
+
+
+class _NotCompiledError(Exception):
+    pass
+
+
+_turn = _Turn()
+
+
+def at_once(work: Callable[[], T]) -> T:
+    """What `work` returns, which does nothing but launch kernels for a graph, and can be done again.
+
+    If one of them is not compiled, all that are not are compiled first, side by side: a first start of some sixty, each
+    a second or more of a core, would else take as long as all of them.
+    """
+    try:
+        _turn.whole = True
+        return work()
+    except _NotCompiledError:
+        pass
+    finally:
+        _turn.whole = False
+    jobs: dict[Any, Future[Any]] = {}
+    pool = ThreadPoolExecutor(os.cpu_count(), "compiling")
+
+    def order(key: Any, job: Callable[[], Any]) -> None:
+        if key not in jobs:
+            jobs[key] = pool.submit(job)
+
+    try:
+        _turn.order = order
+        work()
+        _turn.order = None
+        for job in jobs.values():
+            job.result()
+    finally:
+        _turn.order = None
+        pool.shutdown(cancel_futures=True)
+    return work()
+
+
+def _loaded(binary: Binary | None, device: int) -> Launch | None:
+    """None where only Triton can launch it."""
+    with suppress(OSError, AttributeError, ValueError):  # of a driver that is too old, or not Linux's
+        return None if binary is None else driver.load(binary, device)
+    return None
 
 
 @cache

@@ -257,25 +257,20 @@ class FusedForward:
 
 
 class Recordings:
-    """Launches of fixed buffers, on a GPU as CUDA graphs from their second time on.
-
-    Recording costs some ten milliseconds, and pays when repeated; what surely is may be recorded `at_once`.
-    """
+    """Launches of fixed buffers, on a GPU as CUDA graphs."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
-    def run(self, key: Hashable, launch: Callable[[], None], *, at_once: bool = False) -> None:
+    def run(self, key: Hashable, launch: Callable[[], None]) -> None:
         """The current stream must not be the default one."""
-        if not self._cuda or (key not in self._graphs and not at_once):
+        if not self._cuda:
             launch()
-            self._graphs[key] = None
             return
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = recorded(launch)
-        graph.replay()
+        if key not in self._graphs:
+            self._graphs[key] = recorded(launch)
+        self._graphs[key].replay()
 
     def clear(self) -> None:
         if self._cuda:
@@ -303,7 +298,7 @@ class FusedDecoder(BatchDecoder):
     @torch.inference_mode()
     def advance(self, rows: int, span: int) -> None:
         pages = self.forward.pages_for(span)
-        self.forward.recorded.run((rows, pages), partial(self._launch, rows, pages), at_once=True)
+        self.forward.recorded.run((rows, pages), partial(self._launch, rows, pages))
 
     def _launch(self, rows: int, pages: int) -> None:
         lm, b = self.forward.lm, self.forward.buffers

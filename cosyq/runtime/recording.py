@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from cosyq.kernels.launch import at_once
+
 
 def recorded(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """What is launched on the current stream, which must not be the default one; nothing of it runs before a replay.
@@ -17,10 +19,14 @@ def recorded(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGra
     Args:
         pool: of a graph that is never replayed beside this one, whose memory it may use.
     """
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
-    try:
-        launch()
-    finally:
-        graph.capture_end()
-    return graph
+
+    def record() -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
+        try:
+            launch()
+        finally:
+            graph.capture_end()
+        return graph
+
+    return at_once(record)
