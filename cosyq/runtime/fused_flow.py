@@ -177,27 +177,24 @@ class FusedFlow:
         half, beside = _padded(sum(lengths)), _beside(len(utterances))
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
-        prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
         sheet = room.blank()
-        sheet.now[0], sheet.now[2] = self._firsts[steps], half
+        sheet.now[:3] = self._firsts[steps], 0, half
         tile = token = prompt = 0
-        for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
+        for index, (u, end, length) in enumerate(zip(utterances, ends, lengths, strict=True)):
             own = u.past_frames // c.token_mel_ratio
-            tokens = u.tokens[max(own - BESIDE_ITS_OWN, 0) :]
-            sheet.tokens[token : token + len(tokens)] = tokens
-            sheet.speakers[index] = u.speaker
-            sheet.prompts[prompt : prompt + len(mel)] = mel
+            tokens, mel = u.tokens[max(own - BESIDE_ITS_OWN, 0) :], u.prompt_mel[u.past_frames : end]
+            sheet.tokens[token : token + len(tokens)] = tokens.cpu().numpy()
+            sheet.speakers[index] = u.speaker.cpu().numpy()
+            sheet.prompts[prompt : prompt + len(mel)] = mel.cpu().numpy()
             of_it = slice(tile, tile + -(-length // kernels.TILE))
-            begins = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt
-            sheet.entries[of_it] = torch.tensor([*begins, len(mel), index], dtype=torch.int32)
+            sheet.entries[of_it] = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt, len(mel), index
             for place, segment in enumerate(u.past):
-                sheet.lists[index, place] = torch.tensor([segment.frames, segment.memory.data_ptr()])
+                sheet.lists[index, place] = segment.frames, segment.memory.data_ptr()
             into = u.into.memory.data_ptr() if u.into is not None else 0
-            listed = room.sheet.lists[index].data_ptr()
-            sheet.pasts[of_it] = torch.tensor([u.past_frames, len(u.past), listed, into])
+            sheet.pasts[of_it] = u.past_frames, len(u.past), room.list_of(index), into
             tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
-        sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
+        sheet.tiles[:] = kernels.tile_table(lengths, blocks, room.tiles).numpy()
         room.send(sheet, prompt)
         self._tell(room, padded_tokens(token - c.lookahead), beside, noise)
         return view, lengths
