@@ -31,6 +31,7 @@ from cosyq.runtime.look_ahead import look_ahead
 from cosyq.runtime.recording import recorded
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
+ALONE = 20  # frames; the same for one utterance by itself
 FINE = 768  # beyond so many, twice that
 MANY = 1024  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
@@ -156,13 +157,13 @@ class FusedFlow:
         """
         if self._stream is None:
             return
-        most = 2 * _padded(frames)
+        most = 2 * _padded(frames, MANY_BESIDE)
         many = 2 * MANY_BESIDE
         room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
         for utterances in (1, MANY_BESIDE, many):
             for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
                 self._tell(room, count, utterances, noise)
-            for half in sorted({_padded(length) for length in range(1, frames + 1)}):
+            for half in sorted({_padded(length, utterances) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
                 room.sheet.memory.zero_()
                 self._launch(partial(self._step, view), (half, len(view.tiles)))
@@ -174,7 +175,7 @@ class FusedFlow:
         if max(ends) > noise.shape[0]:
             raise ValueError(f"{max(ends)} frames asked for, the fixed noise covers {noise.shape[0]}")
         lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
-        half, beside = _padded(sum(lengths)), _beside(len(utterances))
+        half, beside = _padded(sum(lengths), len(utterances)), _beside(len(utterances))
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
         sheet = room.blank()
@@ -301,9 +302,10 @@ class FusedFlow:
         kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 
 
-def _padded(frames: int) -> int:
+def _padded(frames: int, utterances: int) -> int:
     """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
-    step = BUCKET if frames <= FINE else 2 * BUCKET
+    bucket = ALONE if utterances == 1 else BUCKET
+    step = bucket if frames <= FINE else 2 * bucket
     return -(-frames // step) * step
 
 
