@@ -148,7 +148,7 @@ def test_attention_within_a_sequence_and_up_to_a_block(blocks):
 
 
 def test_attention_to_keys_far_above_the_first():
-    """Weights relative to the first keys' would be beyond float32."""
+    """Weights relative to the first keys' are beyond float32."""
     qkv, out, everywhere = rows(3 * DIM), poisoned(2 * HALF, DIM), (dit.EVERYWHERE, dit.EVERYWHERE)
     for part in sequences(qkv):
         part[dit.KEYS :, DIM : 2 * DIM] *= 100
@@ -198,7 +198,8 @@ def test_guided_step():
     assert torch.equal(given[:, 12:], kept)
 
 
-def test_rows_go_on_from_what_is_kept_and_leave_their_own():
+@pytest.mark.parametrize("far", [1, 300])
+def test_rows_go_on_from_what_is_kept_and_leave_their_own(far):
     """The second of two sequences, all at once and in three pieces: places, keys and what is convolved.
 
     The pieces are two tiles, less than one, and what is kept of neither; the first step's place in memory is spoiled.
@@ -206,6 +207,7 @@ def test_rows_go_on_from_what_is_kept_and_leave_their_own():
     layers, pieces, taps, groups, step = 2, (70, 20, 10), 5, 2, 1
     group, length = DIM // groups, sum(pieces)
     inputs, qkvs = torch.randn(2, 2, length, DIM), torch.randn(layers, 2, length, 3 * DIM)
+    qkvs[:, :, 40:60, DIM : 2 * DIM] *= far
     weight, bias, frequencies = torch.randn(groups, taps, group, group), torch.randn(DIM), torch.rand(D // 2)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     sizes = {"tails": 2 * 2 * (taps - 1) * DIM, "frame": layers * 2 * 2 * DIM}
