@@ -40,22 +40,25 @@ def starting(folder: Path, device: str, dtype: str = "auto", engine: str = "auto
             contexts.append(context)
         ahead.read(cuda, context)
 
-    on_gpu = begin_context(device, then) is not None
-    if not on_gpu:
+    context = begin_context(device, then)
+    begun = [] if context is None else [context]
+    if not begun:
         ahead.forget()
     collected, switch = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
     sys.setswitchinterval(SWITCH)
     try:
-        if on_gpu and fused:
+        if begun and fused:
             import torch
 
             if contexts:
                 arithmetic = {"fp16": torch.float16, "fp32": torch.float32}.get(dtype, torch.bfloat16)
-                begin_kernels(torch.device("cuda" if device == "auto" else device), arithmetic)
+                begun.append(begin_kernels(torch.device("cuda" if device == "auto" else device), arithmetic))
         yield
     finally:
         ahead.forget()
+        for thread in begun:  # a process that ends within the driver's or torch's code is aborted
+            thread.join()
         sys.setswitchinterval(switch)
         if collected:
             gc.freeze()

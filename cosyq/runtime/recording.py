@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,12 @@ def recorded(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGra
     def record() -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool, capture_error_mode="relaxed")  # as loading a kernel may need
-        try:
-            launch()
-        finally:
-            graph.capture_end()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # where what it launches is to be compiled
+            try:
+                launch()
+            finally:
+                graph.capture_end()
         return graph
 
     return at_once(record)
