@@ -31,7 +31,7 @@ from cosyq.runtime.look_ahead import look_ahead
 from cosyq.runtime.recording import recorded
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
-ALONE = 20  # frames; the same for one utterance by itself
+WHOLE = 20  # frames; the same for an utterance by itself that is not streamed
 FINE = 768  # beyond so many, twice that
 MANY = 1024  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
@@ -151,19 +151,19 @@ class FusedFlow:
 
     @torch.inference_mode()
     def prepare(self, frames: int, noise: Tensor) -> None:
-        """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
+        """Capture the steps of up to `frames` frames, of one stream and of several, so that no call has to.
 
         There is room for longer ones, which would move what was captured, up to twice that.
         """
         if self._stream is None:
             return
-        most = 2 * _padded(frames, MANY_BESIDE)
+        most = 2 * _padded(frames, whole=False)
         many = 2 * MANY_BESIDE
         room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
         for utterances in (1, MANY_BESIDE, many):
             for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
                 self._tell(room, count, utterances, noise)
-            for half in sorted({_padded(length, utterances) for length in range(1, frames + 1)}):
+            for half in sorted({_padded(length, whole=False) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
                 room.sheet.memory.zero_()
                 self._launch(partial(self._step, view), (half, len(view.tiles)))
@@ -175,7 +175,8 @@ class FusedFlow:
         if max(ends) > noise.shape[0]:
             raise ValueError(f"{max(ends)} frames asked for, the fixed noise covers {noise.shape[0]}")
         lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
-        half, beside = _padded(sum(lengths), len(utterances)), _beside(len(utterances))
+        whole = len(utterances) == 1 and not utterances[0].streaming
+        half, beside = _padded(sum(lengths), whole=whole), _beside(len(utterances))
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
         sheet = room.blank()
@@ -302,9 +303,12 @@ class FusedFlow:
         kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 
 
-def _padded(frames: int, utterances: int) -> int:
-    """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
-    bucket = ALONE if utterances == 1 else BUCKET
+def _padded(frames: int, *, whole: bool) -> int:
+    """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch.
+
+    whole: of one utterance that is not streamed.
+    """
+    bucket = WHOLE if whole else BUCKET
     step = bucket if frames <= FINE else 2 * bucket
     return -(-frames // step) * step
 
