@@ -35,6 +35,7 @@ RESBLOCK_KERNELS, SOURCE_KERNELS = (3, 7, 11), (7, 7, 11)
 DILATIONS = 3
 N_FFT = 16
 PROMPT_TOKENS = 75
+TABLES = ("embed_tokens.weight", "embedding.weight")  # what ids are looked up in
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         if name.endswith(ending):
             return make()
     fan_in = math.prod(shape[1:]) if len(shape) > 1 else 100
-    scale = 0.5 if "embed" in name and len(shape) == 2 else 0.7 / math.sqrt(fan_in)
+    scale = 0.5 if name.endswith(TABLES) else 0.7 / math.sqrt(fan_in)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
     return torch.empty(shape).normal_(0.0, scale, generator=generator)
 

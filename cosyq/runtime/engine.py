@@ -67,7 +67,7 @@ class Chunk:
     @property
     def ids(self) -> Tensor:
         """The prompt's ids and the utterance's, [n] int64 on the host."""
-        return torch.cat([self.voice.prompt_tokens.long(), torch.tensor(self.tokens, dtype=torch.int64)])
+        return torch.tensor([*self.voice.prompt_tokens.tolist(), *self.tokens], dtype=torch.int64)
 
 
 class Engine(Protocol):

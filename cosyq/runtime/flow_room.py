@@ -6,7 +6,9 @@ from collections import deque
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosyq.model.config import FlowConfig
@@ -34,6 +36,7 @@ class View:
     normed: Tensor  # [rows, dim]
     coded: tuple[Tensor, Tensor]  # the same as int8 codes, and what a code of each row is, float32 [rows]
     context: Tensor  # [rows, inner], the same memory
+    fed: Tensor  # [rows, dim], the same memory
     qkv: Tensor  # [rows, 3 * inner]
     hidden: Tensor  # [rows, ff_dim], the same memory
     change: Tensor  # [rows, dim], the same memory, but not the hidden's
@@ -49,7 +52,7 @@ class Sheet:
     """All that a call says, in one piece of memory, so that it is sent to the device as one."""
 
     memory: Tensor  # [n] int32; the rest are views of it
-    now: Tensor  # [4] int64, the last unused, and the others as `kernels.dit` has them
+    now: Tensor  # [4] int64, as `kernels.dit` has it
     pasts: Tensor  # [tiles, 4] int64
     lists: Tensor  # [utterances, segments, 2] int64
     tiles: Tensor  # [tiles, 4] int32
@@ -57,6 +60,27 @@ class Sheet:
     tokens: Tensor  # [tokens] int32, -1 where there is none
     speakers: Tensor  # [utterances, speaker_dim] float32
     prompts: Tensor  # [frames, mel] float32
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A sheet on the host, to be written on and sent; its parts as arrays, which are written sooner than tensors."""
+
+    memory: Tensor
+    sent: Mark
+    now: NDArray[np.int64]
+    pasts: NDArray[np.int64]
+    lists: NDArray[np.int64]
+    tiles: NDArray[np.int32]
+    entries: NDArray[np.int32]
+    tokens: NDArray[np.int32]
+    speakers: NDArray[np.float32]
+    prompts: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, s: Sheet, device: torch.device) -> Blank:
+        parts = (s.now, s.pasts, s.lists, s.tiles, s.entries, s.tokens, s.speakers, s.prompts)
+        return cls(s.memory, Mark(device), *(part.numpy() for part in parts))
 
 
 @dataclass(frozen=True)
@@ -118,27 +142,41 @@ class Room:
         tokens = padded_tokens(half // c.token_mel_ratio + utterances * (BESIDE_ITS_OWN + 2 * c.lookahead))
         self.sizes = Sizes(tiles, tokens, utterances, c.speaker_dim, c.mel_dim)
         self.sheet = self.sizes.sheet(half, device)
-        # On the host; what one said is sent when its mark is passed.
-        self._blanks: deque[tuple[Sheet, Mark]] = deque()
+        self._blanks: deque[Blank] = deque()
+        self._views: dict[tuple[int, int], View] = {}
         angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
         self._rope = angles.cos(), angles.sin()
 
-    def blank(self) -> Sheet:
-        """To be written on the host, and then sent; of no tokens."""
-        if self._blanks and self._blanks[0][1].passed:
-            sheet, _ = self._blanks.popleft()
+    def blank(self) -> Blank:
+        """Of no tokens; what it said last has been sent."""
+        device = self.sheet.memory.device
+        if self._blanks and self._blanks[0].sent.passed:
+            blank = self._blanks.popleft()
         else:
-            sheet = self.sizes.sheet(self.half, torch.device("cpu"), pinned=self.sheet.memory.is_cuda)
-        sheet.tokens.fill_(-1)
-        return sheet
+            sheet = self.sizes.sheet(self.half, torch.device("cpu"), pinned=device.type == "cuda")
+            blank = Blank.of(sheet, device)
+        blank.tokens.fill(-1)
+        return blank
 
-    def send(self, sheet: Sheet, frames: int) -> None:
-        """A blank that was written on, to the device's; so many frames of prompts are on it."""
-        count = len(sheet.memory) - sheet.prompts[frames:].numel()
-        self.sheet.memory[:count].copy_(sheet.memory[:count], non_blocking=True)
-        self._blanks.append((sheet, Mark(self.sheet.memory.device)))
+    def send(self, blank: Blank, frames: int) -> None:
+        """What is written on it, to the device's sheet; so many frames of prompts are."""
+        count = len(blank.memory) - blank.prompts[frames:].size
+        self.sheet.memory[:count].copy_(blank.memory[:count], non_blocking=True)
+        blank.sent.again()
+        self._blanks.append(blank)
+
+    def list_of(self, utterance: int) -> int:
+        """The address of what it goes on from."""
+        lists = self.sheet.lists
+        return lists.data_ptr() + utterance * lists.stride(0) * lists.itemsize
 
     def view(self, half: int, tiles: int) -> View:
+        key = half, tiles
+        if key not in self._views:
+            self._views[key] = self._view(half, tiles)
+        return self._views[key]
+
+    def _view(self, half: int, tiles: int) -> View:
         rows, c = 2 * half, self.config
         inner = c.heads * c.head_dim
 
@@ -152,6 +190,7 @@ class Room:
             normed=part("normed", c.dim),
             coded=(self._codes[:rows], self._steps[:rows]),
             context=part("normed", inner),
+            fed=part("normed", c.dim),
             qkv=part("wide", 3 * inner),
             hidden=part("wide", c.ff_dim),
             change=part("wide", c.dim, c.ff_dim),

@@ -31,6 +31,7 @@ from cosyq.runtime.look_ahead import look_ahead
 from cosyq.runtime.recording import recorded
 
 BUCKET = 64  # frames; lengths are rounded up to share graphs, and two branches to whole tiles of 128 rows
+WHOLE = 20  # frames; the same for an utterance by itself that is not streamed
 FINE = 768  # beyond so many, twice that
 MANY = 1024  # tokens that keep the GPU busy while they are launched one by one
 ROOM = 256  # frames; activations are held for a multiple of so many
@@ -150,19 +151,19 @@ class FusedFlow:
 
     @torch.inference_mode()
     def prepare(self, frames: int, noise: Tensor) -> None:
-        """Capture the steps of up to `frames` frames, of one utterance and of several, so that no call has to.
+        """Capture the steps of up to `frames` frames, of one stream and of several, so that no call has to.
 
         There is room for longer ones, which would move what was captured, up to twice that.
         """
         if self._stream is None:
             return
-        most = 2 * _padded(frames)
+        most = 2 * _padded(frames, whole=False)
         many = 2 * MANY_BESIDE
         room = self._reserve(most, _tiles(most, many), self.config.noise_frames, many)
         for utterances in (1, MANY_BESIDE, many):
             for count in sorted({padded_tokens(tokens) for tokens in range(1, MANY + 1)}):
                 self._tell(room, count, utterances, noise)
-            for half in sorted({_padded(length) for length in range(1, frames + 1)}):
+            for half in sorted({_padded(length, whole=False) for length in range(1, frames + 1)}):
                 view = room.view(half, _tiles(half, utterances))
                 room.sheet.memory.zero_()
                 self._launch(partial(self._step, view), (half, len(view.tiles)))
@@ -174,30 +175,28 @@ class FusedFlow:
         if max(ends) > noise.shape[0]:
             raise ValueError(f"{max(ends)} frames asked for, the fixed noise covers {noise.shape[0]}")
         lengths = [end - u.past_frames for end, u in zip(ends, utterances, strict=True)]
-        half, beside = _padded(sum(lengths)), _beside(len(utterances))
+        whole = len(utterances) == 1 and not utterances[0].streaming
+        half, beside = _padded(sum(lengths), whole=whole), _beside(len(utterances))
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
-        prompts = [u.prompt_mel[u.past_frames : end] for u, end in zip(utterances, ends, strict=True)]
         sheet = room.blank()
-        sheet.now[0], sheet.now[2] = self._firsts[steps], half
+        sheet.now[:] = self._firsts[steps], 0, half, sum(lengths)
         tile = token = prompt = 0
-        for index, (u, mel, length) in enumerate(zip(utterances, prompts, lengths, strict=True)):
+        for index, (u, end, length) in enumerate(zip(utterances, ends, lengths, strict=True)):
             own = u.past_frames // c.token_mel_ratio
-            tokens = u.tokens[max(own - BESIDE_ITS_OWN, 0) :]
-            sheet.tokens[token : token + len(tokens)] = tokens
-            sheet.speakers[index] = u.speaker
-            sheet.prompts[prompt : prompt + len(mel)] = mel
+            tokens, mel = u.tokens[max(own - BESIDE_ITS_OWN, 0) :], u.prompt_mel[u.past_frames : end]
+            sheet.tokens[token : token + len(tokens)] = tokens.cpu().numpy()
+            sheet.speakers[index] = u.speaker.cpu().numpy()
+            sheet.prompts[prompt : prompt + len(mel)] = mel.cpu().numpy()
             of_it = slice(tile, tile + -(-length // kernels.TILE))
-            begins = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt
-            sheet.entries[of_it] = torch.tensor([*begins, len(mel), index], dtype=torch.int32)
+            sheet.entries[of_it] = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt, len(mel), index
             for place, segment in enumerate(u.past):
-                sheet.lists[index, place] = torch.tensor([segment.frames, segment.memory.data_ptr()])
+                sheet.lists[index, place] = segment.frames, segment.memory.data_ptr()
             into = u.into.memory.data_ptr() if u.into is not None else 0
-            listed = room.sheet.lists[index].data_ptr()
-            sheet.pasts[of_it] = torch.tensor([u.past_frames, len(u.past), listed, into])
+            sheet.pasts[of_it] = u.past_frames, len(u.past), room.list_of(index), into
             tile, token, prompt = of_it.stop, token + len(tokens) + c.lookahead, prompt + len(mel)
         blocks = [c.chunk_frames if u.streaming else kernels.EVERYWHERE for u in utterances]
-        sheet.tiles.copy_(kernels.tile_table(lengths, blocks, room.tiles))
+        sheet.tiles[:] = kernels.tile_table(lengths, blocks, room.tiles).numpy()
         room.send(sheet, prompt)
         self._tell(room, padded_tokens(token - c.lookahead), beside, noise)
         return view, lengths
@@ -276,7 +275,7 @@ class FusedFlow:
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
         kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
         kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
-        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
+        kernels.add_norm(v.residual, (), rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), v.now, NORM_EPS, keep=False)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
@@ -288,22 +287,29 @@ class FusedFlow:
             kernels.attend(v.qkv, v.tiles, pasts, v.context, layer=index, heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
-            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
+            attended = gate_a, v.change
+            kernels.add_norm(
+                v.residual, (attended,), scale_f, shift_f, _input(v, block.up), v.now, NORM_EPS, keep=False
+            )
             if isinstance(block.up, Codes):
                 times_codes(v.coded, block.up.matrix, block.up_bias, v.hidden, gelu=True)
             else:
                 kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
-            _product(v.hidden, block.down, block.down_bias, v.change)
+            _product(v.hidden, block.down, block.down_bias, v.fed)
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
-            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
+            kernels.add_norm(v.residual, (attended, (gate_f, v.fed)), scale, shift, into, v.now, NORM_EPS, keep=True)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
         kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 
 
-def _padded(frames: int) -> int:
-    """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch."""
-    step = BUCKET if frames <= FINE else 2 * BUCKET
+def _padded(frames: int, *, whole: bool) -> int:
+    """Lengths that share graphs: of many frames few, since one takes as long to capture as a step to launch.
+
+    whole: of one utterance that is not streamed.
+    """
+    bucket = WHOLE if whole else BUCKET
+    step = bucket if frames <= FINE else 2 * bucket
     return -(-frames // step) * step
 
 

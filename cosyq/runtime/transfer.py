@@ -18,10 +18,14 @@ class Mark:
     """All that a device was given to do so far, on the caller's current stream."""
 
     def __init__(self, device: torch.device):
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
+        self._device = device
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self.again()
+
+    def again(self) -> None:
+        """The same of what it was given since."""
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(self._device))
 
     @property
     def passed(self) -> bool:

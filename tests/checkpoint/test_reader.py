@@ -256,3 +256,9 @@ def test_a_random_checkpoint_is_complete_and_fixed_by_its_seed(tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         write_random(tmp_path / "a", SMALL, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_a_random_flow_is_modulated_as_a_trained_one(tmp_path):
+    """Of order one: by tens, scores of attention would be hundreds apart."""
+    write_random(tmp_path / "random", SMALL, 1)
+    assert read_all(tmp_path / "random")["flow.adaln.10"].std() < 1

@@ -92,25 +92,31 @@ def test_gelu_is_the_one_by_tanh():
 
 
 @pytest.mark.parametrize("dim", [64, 80])
-def test_norm_after_a_gated_sum(dim):
-    x, y = torch.randn(8, dim) * 3 + 1, torch.randn(8, dim)
-    gate, scale, shift, residual, out = (
-        torch.randn(dim),
-        torch.randn(dim),
-        torch.randn(dim),
-        x.clone(),
-        poisoned(8, dim),
-    )
+def test_norm_after_gated_sums(dim):
+    """Which become the residual at the second; of the second half's four rows two belong to a sequence, as of the first's."""
+    x, y, z = torch.randn(8, dim) * 3 + 1, torch.randn(8, dim), torch.randn(8, dim)
+    first, second, scale, shift = (torch.randn(dim) for _ in range(4))
+    residual, out, now, real = x.clone(), poisoned(8, dim), torch.tensor([0, 0, 4, 2]), [0, 1, 4, 5]
 
     def normed(x):
         return F.layer_norm(x, (dim,), eps=1e-6) * (1 + scale) + shift
 
-    dit.add_norm(residual, None, scale, shift, out, 1e-6)
+    def check(found, expected):
+        assert relative(found[real], expected[real]) < EXACT
+
+    dit.add_norm(residual, (), scale, shift, out, now, 1e-6, keep=False)
+    check(out, normed(x))
+    dit.add_norm(residual, ((first, y),), scale, shift, out, now, 1e-6, keep=False)
+    check(out, normed(x + first * y))
     assert torch.equal(residual, x)
-    assert relative(out, normed(x)) < EXACT
-    dit.add_norm(residual, (gate, y), scale, shift, out, 1e-6)
-    assert relative(residual, x + gate * y) < EXACT
-    assert relative(out, normed(x + gate * y)) < EXACT
+    same = z.clone()
+    dit.add_norm(residual, ((first, y), (second, same)), scale, shift, same, now, 1e-6, keep=True)
+    check(same, normed(x + first * y + second * z))
+    check(residual, x + first * y + second * z)
+    rest = [2, 3, 6, 7]
+    assert out[rest].isnan().all()
+    assert torch.equal(same[rest], z[rest])
+    assert torch.equal(residual[rest], x[rest])
 
 
 def test_head_0_of_queries_and_keys_is_rotated_by_its_place():
@@ -142,7 +148,7 @@ def test_attention_within_a_sequence_and_up_to_a_block(blocks):
 
 
 def test_attention_to_keys_far_above_the_first():
-    """Weights relative to the first keys' would be beyond float32."""
+    """Weights relative to the first keys' are beyond float32."""
     qkv, out, everywhere = rows(3 * DIM), poisoned(2 * HALF, DIM), (dit.EVERYWHERE, dit.EVERYWHERE)
     for part in sequences(qkv):
         part[dit.KEYS :, DIM : 2 * DIM] *= 100
@@ -192,7 +198,8 @@ def test_guided_step():
     assert torch.equal(given[:, 12:], kept)
 
 
-def test_rows_go_on_from_what_is_kept_and_leave_their_own():
+@pytest.mark.parametrize("far", [1, 300])
+def test_rows_go_on_from_what_is_kept_and_leave_their_own(far):
     """The second of two sequences, all at once and in three pieces: places, keys and what is convolved.
 
     The pieces are two tiles, less than one, and what is kept of neither; the first step's place in memory is spoiled.
@@ -200,6 +207,7 @@ def test_rows_go_on_from_what_is_kept_and_leave_their_own():
     layers, pieces, taps, groups, step = 2, (70, 20, 10), 5, 2, 1
     group, length = DIM // groups, sum(pieces)
     inputs, qkvs = torch.randn(2, 2, length, DIM), torch.randn(layers, 2, length, 3 * DIM)
+    qkvs[:, :, 40:60, DIM : 2 * DIM] *= far
     weight, bias, frequencies = torch.randn(groups, taps, group, group), torch.randn(DIM), torch.rand(D // 2)
     angles = torch.outer(torch.arange(length).float(), frequencies)
     sizes = {"tails": 2 * 2 * (taps - 1) * DIM, "frame": layers * 2 * 2 * DIM}

@@ -9,6 +9,10 @@ from cosyq.kernels.device.flow_products import rounded_rows
 from cosyq.kernels.device.overlap import let_next_start, wait
 from cosyq.kernels.device.packed import INT8_STEP
 
+FAR = tl.constexpr(2.0**100)  # sums of weights up to it are finite, and of them times values
+FEW = tl.constexpr(32)  # keys taken at a time where a running maximum is needed, so that registers do
+OWN = tl.constexpr(8)  # sums of a row's weights that are kept apart, as threads have them
+
 
 @triton.jit
 def _end_behind(PDL: tl.constexpr):
@@ -52,29 +56,36 @@ def unpack_blocks_kernel(
 
 @triton.jit
 def add_norm_kernel(
-    residual, y, gate, scale, shift, out, scales,
-    ADD: tl.constexpr, CODES: tl.constexpr, EPS: tl.constexpr,
+    residual, y, gate, z, later_gate, scale, shift, out, scales, now, half,
+    ADDED: tl.constexpr, KEEP: tl.constexpr, CODES: tl.constexpr, EPS: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, SIZE)[None, :]
     there = at < DIM
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
     place = row[:, None].to(tl.int64) * DIM + at
+    live = first % half < tl.load(now + 3)
     wait(PDL)
     let_next_start(PDL)
-    x = tl.load(residual + place, mask=there, other=0.0)
-    if ADD:
-        x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(residual + place, x, mask=there)
-    centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
-    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
-    moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
-    if CODES:
-        codes, steps = rounded_rows(moved)
-        tl.store(out + place, codes, mask=there)
-        tl.store(scales + row, steps)
-    else:
-        tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
+    if live:
+        x = tl.load(residual + place, mask=there, other=0.0)
+        if ADDED > 0:
+            x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+        if ADDED > 1:
+            again = tl.load(z + place, mask=there, other=0.0).to(tl.float32)
+            x += tl.load(later_gate + at, mask=there, other=0.0) * again
+        if KEEP:
+            tl.store(residual + place, x, mask=there)
+        centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
+        moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
+        if CODES:
+            codes, steps = rounded_rows(moved)
+            tl.store(out + place, codes, mask=there)
+            tl.store(scales + row, steps)
+        else:
+            tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -108,31 +119,58 @@ def _segment(address, frames, step, KEPT: tl.constexpr, TAILS: tl.constexpr, dty
 
 
 @triton.jit
+def _scores(
+    q, keys, first, limit, stop, stride: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr
+):
+    """Of KEYS keys from `first` on; unless MASKED, all of them are there, and every row sees them."""
+    at = first + tl.arange(0, KEYS)
+    place = keys + at[None, :] * stride + tl.arange(0, D)[:, None]
+    if MASKED:
+        k = tl.load(place, mask=(at < stop)[None, :], other=0.0)
+        return tl.where(at[None, :] < limit[:, None], tl.dot(q, k), float("-inf"))
+    else:
+        return tl.dot(q, tl.load(place))
+
+
+@triton.jit
+def _weighed(p, values, acc, first, stop, stride: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr):
+    """acc plus the values of keys from `first` on, by their weights."""
+    at = first + tl.arange(0, p.shape[1])
+    place = values + at[:, None] * stride + tl.arange(0, D)[None, :]
+    if MASKED:
+        v = tl.load(place, mask=(at < stop)[:, None], other=0.0)
+    else:
+        v = tl.load(place)
+    return tl.dot(p.to(v.dtype), v, acc)
+
+
+@triton.jit
 def _attend_keys(
-    q, keys, values, state, limit, begin, stop, stride: tl.constexpr, scale,
+    q, keys, values, state, shift, limit, begin, stop, stride: tl.constexpr, scale,
     MASKED: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Keys `begin` to `stop`; unless MASKED, whole groups of KEYS that every row sees."""
+    """Keys `begin` to `stop`, of whose scores `shift` is taken; unless MASKED, whole groups of KEYS all rows see."""
+    acc, total = state
+    for first in tl.range(begin, stop, KEYS, num_stages=1 if MASKED else 3):
+        p = tl.exp2(_scores(q, keys, first, limit, stop, stride, MASKED, D, KEYS) * scale - shift[:, None])
+        total += tl.sum(tl.reshape(p, [p.shape[0], KEYS // OWN, OWN]), 1)
+        acc = _weighed(p, values, acc, first, stop, stride, MASKED, D)
+    return acc, total
+
+
+@triton.jit
+def _attend_any(
+    q, keys, values, state, limit, begin, stop, stride: tl.constexpr, scale, D: tl.constexpr, KEYS: tl.constexpr
+):
+    """The same of any scores, by a running maximum (arXiv 1805.02867)."""
     acc, most, total = state
-    channel = tl.arange(0, D)
-    for first in range(begin, stop, KEYS):
-        at = first + tl.arange(0, KEYS)
-        if MASKED:
-            k = tl.load(keys + at[None, :] * stride + channel[:, None], mask=(at < stop)[None, :], other=0.0)
-        else:
-            k = tl.load(keys + at[None, :] * stride + channel[:, None])
-        score = tl.dot(q, k)
-        if MASKED:
-            score = tl.where(at[None, :] < limit[:, None], score, float("-inf"))
+    for first in tl.range(begin, stop, KEYS, num_stages=1):
+        score = _scores(q, keys, first, limit, stop, stride, True, D, KEYS)
         highest = tl.maximum(most, tl.max(score, 1) * scale)
         p = tl.exp2(score * scale - highest[:, None])
         fade = tl.exp2(most - highest)
         total = total * fade + tl.sum(p, 1)
-        if MASKED:
-            v = tl.load(values + at[:, None] * stride + channel[None, :], mask=(at < stop)[:, None], other=0.0)
-        else:
-            v = tl.load(values + at[:, None] * stride + channel[None, :])
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None])
+        acc = _weighed(p, values, acc * fade[:, None], first, stop, stride, True, D)
         most = highest
     return acc, most, total
 
@@ -164,8 +202,6 @@ def attend_kernel(
         last = tl.minimum(end, first + TILE) - 1
         stop = tl.minimum(end, start + ((last - start) // block + 1) * block)
         whole = start + (shared - start) // KEYS * KEYS
-        lowest = tl.full([TILE], float("-inf"), tl.float32)
-        state = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
         wide: tl.constexpr = 2 * HEADS * D
         mine = (layer * 2 + tl.program_id(2)).to(tl.int64) * wide  # for each frame of a segment
         step, past = tl.load(now + 1), pasts + tl.program_id(0) * 4
@@ -176,17 +212,36 @@ def attend_kernel(
             own = rows[:, None] * stride + channel[None, :]
             tl.store(kept, tl.load(keys + own, mask=live), mask=live)
             tl.store(kept + HEADS * D, tl.load(values + own, mask=live), mask=live)
-        segments = tl.load(past + 2).to(tl.pointer_type(tl.int64))
-        for index in range(0, tl.load(past + 1).to(tl.int32)):
+        segments, count = tl.load(past + 2).to(tl.pointer_type(tl.int64)), tl.load(past + 1).to(tl.int32)
+        # The highest of the first keys' scores is taken of all: softmax is the same, if no weight is too large then.
+        score = _scores(q, keys, start, limit, stop, stride, True, D, KEYS) * scale
+        shift = tl.max(score, 1)
+        p = tl.exp2(score - shift[:, None])
+        acc = _weighed(p, values, tl.zeros([TILE, D], tl.float32), start, stop, stride, True, D)
+        state = (acc, tl.sum(tl.reshape(p, [TILE, KEYS // OWN, OWN]), 1))
+        for index in range(0, count):
             frames = tl.load(segments + 2 * index).to(tl.int32)
             k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
             k += TAILS + mine * frames + head * D
             v, all_of_it, groups = k + HEADS * D, tl.zeros([TILE], tl.int32) + frames, frames // KEYS * KEYS
-            state = _attend_keys(q, k, v, state, all_of_it, 0, groups, wide, scale, False, D, KEYS)
-            state = _attend_keys(q, k, v, state, all_of_it, groups, frames, wide, scale, True, D, KEYS)
-        state = _attend_keys(q, keys, values, state, limit, start, whole, stride, scale, False, D, KEYS)
-        state = _attend_keys(q, keys, values, state, limit, whole, stop, stride, scale, True, D, KEYS)
-        acc, _, total = state
+            state = _attend_keys(q, k, v, state, shift, all_of_it, 0, groups, wide, scale, False, D, KEYS)
+            state = _attend_keys(q, k, v, state, shift, all_of_it, groups, frames, wide, scale, True, D, KEYS)
+        second = start + KEYS
+        state = _attend_keys(q, keys, values, state, shift, limit, second, whole, stride, scale, False, D, KEYS)
+        rest = tl.maximum(second, whole)
+        state = _attend_keys(q, keys, values, state, shift, limit, rest, stop, stride, scale, True, D, KEYS)
+        acc, parts = state
+        total = tl.sum(parts, 1)
+        if tl.max(total) > FAR:
+            lowest = tl.full([TILE], float("-inf"), tl.float32)
+            anew = (tl.zeros([TILE, D], tl.float32), lowest, tl.zeros([TILE], tl.float32))
+            for index in range(0, count):
+                frames = tl.load(segments + 2 * index).to(tl.int32)
+                k = _segment(tl.load(segments + 2 * index + 1), frames, step, KEPT, TAILS, qkv.dtype.element_ty)
+                k += TAILS + mine * frames + head * D
+                all_of_it = tl.zeros([TILE], tl.int32) + frames
+                anew = _attend_any(q, k, k + HEADS * D, anew, all_of_it, 0, frames, wide, scale, D, FEW)
+            acc, _, total = _attend_any(q, keys, values, anew, limit, start, stop, stride, scale, D, FEW)
         target = out + (branch + rows[:, None]) * (HEADS * D) + head * D + channel[None, :]
         tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=live)
 

@@ -27,7 +27,7 @@ def _gelu(x):
 
 @triton.jit
 def times_codes_kernel(
-    x, x_scales, weight, weight_scales, bias, out,
+    x, x_scales, weight, weight_scales, bias, out, count,
     WIDTH: tl.constexpr, GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
@@ -39,7 +39,8 @@ def times_codes_kernel(
     total = tl.zeros((BM, BN), tl.int32)
     for k in range(0, WIDTH, BK):
         total = tl.dot(x.load([m, k]), weight.load([n, k]).T, total, out_dtype=tl.int32)
-    y = total.to(tl.float32) * tl.load(x_scales + rows)[:, None] * scale[None, :] + added[None, :]
+    steps = tl.load(x_scales + rows, mask=rows < count, other=0.0)
+    y = total.to(tl.float32) * steps[:, None] * scale[None, :] + added[None, :]
     if GELU:
         y = _gelu(y)
     out.store([m, n], y.to(out.dtype))
