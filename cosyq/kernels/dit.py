@@ -13,9 +13,8 @@ d]. `Pasts.table`, int64 [n, 4], says of every tile how many frames came before 
 where the list of these is (frames and address of each), and the address of one for its sequence's own rows, or 0. A
 sequence's rows see all that came before it.
 
-What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [4], is
-the step's row of the modulation table, and its number, which `guide` counts on; how many rows a half has, and how many
-of these are sequences'.
+What a step differs by is chosen on the device, so that the same launches can follow one another: `now`, int64 [3], is
+the step's row of the modulation table, and its number, which `guide` counts on; and how many rows a half has.
 
 Products take operands of the weights' type, on a GPU sixteen bits; sums, norms and softmax are float32.
 
@@ -117,27 +116,22 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
 
 def add_norm(
     residual: Tensor,
-    added: Sequence[tuple[Tensor, Tensor]],
+    added: tuple[Tensor, Tensor] | None,
     scale: Tensor,
     shift: Tensor,
     out: Tensor | tuple[Tensor, Tensor],
-    now: Tensor,
     eps: float,
-    *,
-    keep: bool,
 ) -> None:
-    """out = the modulated norm of residual [rows, dim] float32 plus gate * y for each of at most two `added`.
+    """`added` = (gate [dim], y [rows, dim]): residual [rows, dim] float32 += gate * y; out = its modulated norm.
 
-    added: (gate [dim], y [rows, dim]), in order; `out` may be the memory of a y. The sum becomes the residual if it is
-    to be kept. out: [rows, dim], or int8 codes of it and what a code of each row is, float32 [rows]. The number of rows
-    is even.
+    out: [rows, dim], or int8 codes of it and what a code of each row is, float32 [rows]. The number of rows is even.
     """
     rows, dim = residual.shape
-    (gate, y), (later_gate, z) = (*added, (scale, residual), (scale, residual))[:2]
+    gate, y = added if added is not None else (scale, residual)
     place, scales = out if isinstance(out, tuple) else (out, residual)
     _add_norm[(rows // 2,)](
-        residual, y, gate, z, later_gate, scale, shift, place, scales, now, rows // 2,
-        ADDED=len(added), KEEP=keep, CODES=isinstance(out, tuple), EPS=eps,
+        residual, y, gate, scale, shift, place, scales,
+        ADD=added is not None, CODES=isinstance(out, tuple), EPS=eps,
         DIM=dim, ROWS=2, SIZE=next_power_of_2(dim), num_warps=4, **overlapping(residual.device),
     )  # fmt: skip
 

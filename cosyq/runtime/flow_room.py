@@ -36,7 +36,6 @@ class View:
     normed: Tensor  # [rows, dim]
     coded: tuple[Tensor, Tensor]  # the same as int8 codes, and what a code of each row is, float32 [rows]
     context: Tensor  # [rows, inner], the same memory
-    fed: Tensor  # [rows, dim], the same memory
     qkv: Tensor  # [rows, 3 * inner]
     hidden: Tensor  # [rows, ff_dim], the same memory
     change: Tensor  # [rows, dim], the same memory, but not the hidden's
@@ -52,7 +51,7 @@ class Sheet:
     """All that a call says, in one piece of memory, so that it is sent to the device as one."""
 
     memory: Tensor  # [n] int32; the rest are views of it
-    now: Tensor  # [4] int64, as `kernels.dit` has it
+    now: Tensor  # [4] int64, the last unused, and the others as `kernels.dit` has them
     pasts: Tensor  # [tiles, 4] int64
     lists: Tensor  # [utterances, segments, 2] int64
     tiles: Tensor  # [tiles, 4] int32
@@ -190,7 +189,6 @@ class Room:
             normed=part("normed", c.dim),
             coded=(self._codes[:rows], self._steps[:rows]),
             context=part("normed", inner),
-            fed=part("normed", c.dim),
             qkv=part("wide", 3 * inner),
             hidden=part("wide", c.ff_dim),
             change=part("wide", c.dim, c.ff_dim),

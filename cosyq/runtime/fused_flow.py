@@ -180,7 +180,7 @@ class FusedFlow:
         room = self._reserve(half, _tiles(half, len(utterances)), max(ends), beside)
         view = room.view(half, _tiles(half, len(utterances)))
         sheet = room.blank()
-        sheet.now[:] = self._firsts[steps], 0, half, sum(lengths)
+        sheet.now[:3] = self._firsts[steps], 0, half
         tile = token = prompt = 0
         for index, (u, end, length) in enumerate(zip(utterances, ends, lengths, strict=True)):
             own = u.past_frames // c.token_mel_ratio
@@ -275,7 +275,7 @@ class FusedFlow:
         _product(v.given, self._entry.weight, self._entry.bias, v.change)
         kernels.conv_mish(v.change, first, first_bias, None, v.tiles, pasts, v.normed, which=0)
         kernels.conv_mish(v.normed, second, second_bias, v.change, v.tiles, pasts, v.residual, which=1)
-        kernels.add_norm(v.residual, (), rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), v.now, NORM_EPS, keep=False)
+        kernels.add_norm(v.residual, None, rows[0, 1], rows[0, 0], _input(v, blocks[0].qkv), NORM_EPS)
         for index, block in enumerate(blocks):
             _, _, gate_a, shift_f, scale_f, gate_f = rows[index]
             block.unpack("attention")
@@ -287,18 +287,15 @@ class FusedFlow:
             kernels.attend(v.qkv, v.tiles, pasts, v.context, layer=index, heads=c.heads)
             block.unpack("feed-forward")
             _product(v.context, block.out, block.out_bias, v.change)
-            attended = gate_a, v.change
-            kernels.add_norm(
-                v.residual, (attended,), scale_f, shift_f, _input(v, block.up), v.now, NORM_EPS, keep=False
-            )
+            kernels.add_norm(v.residual, (gate_a, v.change), scale_f, shift_f, _input(v, block.up), NORM_EPS)
             if isinstance(block.up, Codes):
                 times_codes(v.coded, block.up.matrix, block.up_bias, v.hidden, gelu=True)
             else:
                 kernels.linear_gelu(v.normed, block.up, block.up_bias, v.hidden)
-            _product(v.hidden, block.down, block.down_bias, v.fed)
+            _product(v.hidden, block.down, block.down_bias, v.change)
             scale, shift = (rows[index + 1, 1], rows[index + 1, 0]) if index + 1 < c.depth else (last_scale, last_shift)
             into = _input(v, blocks[index + 1].qkv) if index + 1 < c.depth else v.normed
-            kernels.add_norm(v.residual, (attended, (gate_f, v.fed)), scale, shift, into, v.now, NORM_EPS, keep=True)
+            kernels.add_norm(v.residual, (gate_f, v.change), scale, shift, into, NORM_EPS)
         _product(v.normed, self._exit.weight, self._exit.bias, v.velocity)
         kernels.guide(v.x, v.velocity, v.given, dt, v.now, c.guidance)
 

@@ -56,36 +56,29 @@ def unpack_blocks_kernel(
 
 @triton.jit
 def add_norm_kernel(
-    residual, y, gate, z, later_gate, scale, shift, out, scales, now, half,
-    ADDED: tl.constexpr, KEEP: tl.constexpr, CODES: tl.constexpr, EPS: tl.constexpr,
+    residual, y, gate, scale, shift, out, scales,
+    ADD: tl.constexpr, CODES: tl.constexpr, EPS: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, SIZE)[None, :]
     there = at < DIM
-    first = tl.program_id(0) * ROWS
-    row = first + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     place = row[:, None].to(tl.int64) * DIM + at
-    live = first % half < tl.load(now + 3)
     wait(PDL)
     let_next_start(PDL)
-    if live:
-        x = tl.load(residual + place, mask=there, other=0.0)
-        if ADDED > 0:
-            x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
-        if ADDED > 1:
-            again = tl.load(z + place, mask=there, other=0.0).to(tl.float32)
-            x += tl.load(later_gate + at, mask=there, other=0.0) * again
-        if KEEP:
-            tl.store(residual + place, x, mask=there)
-        centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
-        normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
-        moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
-        if CODES:
-            codes, steps = rounded_rows(moved)
-            tl.store(out + place, codes, mask=there)
-            tl.store(scales + row, steps)
-        else:
-            tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
+    x = tl.load(residual + place, mask=there, other=0.0)
+    if ADD:
+        x += tl.load(gate + at, mask=there, other=0.0) * tl.load(y + place, mask=there, other=0.0).to(tl.float32)
+        tl.store(residual + place, x, mask=there)
+    centred = tl.where(there, x - (tl.sum(x, 1) / DIM)[:, None], 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred, 1) / DIM + EPS)[:, None]
+    moved = normed * (1 + tl.load(scale + at, mask=there, other=0.0)) + tl.load(shift + at, mask=there, other=0.0)
+    if CODES:
+        codes, steps = rounded_rows(moved)
+        tl.store(out + place, codes, mask=there)
+        tl.store(scales + row, steps)
+    else:
+        tl.store(out + place, moved.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
