@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from cosyq.kernels.launch import Kernel, cdiv, next_power_of_2
-from cosyq.kernels.packed import FOUR_BIT, NESTED, Packed, parts_of
+from cosyq.kernels.launch import Kernel, cdiv
+from cosyq.kernels.packed import FLOAT, FOUR_BIT, INT8, NESTED, Packed, parts_of
 
 PAGE = 128  # positions
 
@@ -29,27 +29,70 @@ _down = Kernel("decode", "down")
 _head = Kernel("decode", "head")
 
 
+class Tile(NamedTuple):
+    """How many rows of weights, or pairs of rows, a program takes, with how many warps.
+
+    registers: of a thread, at most; 0 for as many as the compiler likes.
+    early: see `Matrix`.
+    """
+
+    rows: int
+    warps: int
+    registers: int = 0
+    early: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    qkv: Tile  # pairs
+    attend: Tile  # of a page's positions, all
+    output: Tile
+    swiglu: Tile  # pairs
+    down: Tile
+    head: Tile
+
+
+# The best of what was tried on an H100 (docs/speed.md). Where programs of one kernel leave registers free, those of the
+# next are there before it is over, with their weights.
+INT8_TILES = Tiles(Tile(16, 8), Tile(PAGE, 4), Tile(16, 8), Tile(16, 8), Tile(4, 4), Tile(16, 4))
+FOUR_BIT_TILES = Tiles(Tile(8, 8, early=True), Tile(PAGE, 4), Tile(16, 8), Tile(8, 4), Tile(8, 8, 96), Tile(16, 4))
+FLOAT_TILES = Tiles(Tile(4, 4), Tile(PAGE, 4), Tile(16, 8), Tile(4, 4), Tile(4, 4), Tile(16, 4))
+TILES = {INT8: INT8_TILES, FOUR_BIT: FOUR_BIT_TILES, NESTED: FOUR_BIT_TILES, FLOAT: FLOAT_TILES}
+
+
 class Matrix(NamedTuple):
-    """What a kernel has to know of a `Packed`, whose rows it takes in tiles, and whose columns in two parts."""
+    """What a kernel has to know of a `Packed`, whose rows it takes in tiles, and whose columns in two parts.
+
+    wide, more: the parts of the inputs.
+    early: 4-bit codes are looked up before the inputs are there.
+    """
 
     n: int
     k: int
     kind: int
     block: int
     lookup: str
-    dot: str
+    dot: bool
     first: int
     rest: int
+    wide: int
+    more: int
     tile: int
+    early: bool
 
 
-def matrix(w: Packed, tile: int) -> Matrix:
-    """Of `w`, in tiles of so many rows."""
+def matrix(w: Packed, tile: Tile) -> Matrix:
+    """Of `w`, in such tiles."""
     first, rest = parts_of(w.k, w.block)
     if first == rest and w.kind in (FOUR_BIT, NESTED):  # wide enough for loads of 16 bytes
         first, rest = 2 * first, 0
-    dot = "" if w.k % 4 else w.dot  # rows are read in words
-    return Matrix(w.n, w.k, w.kind, w.block, w.lookup, dot, first, rest, tile)
+    dot = w.dot and w.k % 4 == 0  # rows are read in words
+    wide, more = (first + rest, 0) if dot and first == rest else (first, rest)
+    return Matrix(w.n, w.k, w.kind, w.block, w.lookup, dot, first, rest, wide, more, tile.rows, tile.early)
+
+
+def pointers(w: Packed) -> tuple[Tensor, ...]:
+    return *w.pointers, w.table if w.planes is None else w.planes
 
 
 class Heads(NamedTuple):
@@ -58,21 +101,6 @@ class Heads(NamedTuple):
     dim: int
     pages_a_row: int
     page: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How many rows of weights a program takes, and with how many warps."""
-
-    qkv: tuple[int, int]  # pairs of rows
-    output: tuple[int, int]
-    swiglu: tuple[int, int]  # pairs of rows
-    down: tuple[int, int]
-    head: tuple[int, int]
-
-
-# The best of three that were tried on an H100 (docs/speed.md).
-TILES = Tiles(qkv=(8, 4), output=(8, 4), swiglu=(8, 4), down=(8, 8), head=(16, 4))
 
 
 @dataclass(frozen=True)
@@ -91,8 +119,10 @@ class Geometry:
     def sizes(self) -> Heads:
         return Heads(self.heads, self.kv_heads, self.dim, self.pages_a_row, PAGE)
 
-    def launch(self, warps: int) -> dict[str, Any]:
-        return {"PDL": self.pdl, "num_warps": warps} | ({"launch_pdl": True} if self.pdl else {})
+    def launch(self, tile: Tile) -> dict[str, Any]:
+        overlaps = {"launch_pdl": True} if self.pdl else {}
+        registers = {"maxnreg": tile.registers} if tile.registers else {}
+        return {"PDL": self.pdl, "num_warps": tile.warps} | overlaps | registers
 
 
 @dataclass(frozen=True)
@@ -126,33 +156,33 @@ class Layer:
 
 def run_layer(layer: Layer, keys: Tensor, values: Tensor, b: Buffers, g: Geometry) -> None:
     """x of one row after one layer, in place; keys and values [pages, kv_heads, PAGE, dim] gain the row's position."""
-    t, width = TILES, next_power_of_2(b.x.shape[1])
     half = g.dim // 2
-    pairs = min(t.qkv[0], half)
-    _qkv[((g.heads + 2 * g.kv_heads) * (half // pairs),)](
-        b.x, layer.attention_norm, layer.qkv.pointers, layer.qkv.bias, b.cos, b.sin, b.positions, b.pages,
-        b.q, keys, values, g.eps, W=matrix(layer.qkv, pairs), H=g.sizes, PADDED=width, **g.launch(t.qkv[1]),
+    tile = TILES[layer.qkv.kind].qkv
+    tile = tile._replace(rows=min(tile.rows, half))
+    _qkv[((g.heads + 2 * g.kv_heads) * (half // tile.rows),)](
+        b.x, layer.attention_norm, pointers(layer.qkv), layer.qkv.bias, b.cos, b.sin, b.positions, b.pages,
+        b.q, keys, values, g.eps, W=matrix(layer.qkv, tile), H=g.sizes, **g.launch(tile),
     )  # fmt: skip
+    tile = TILES[layer.qkv.kind].attend
     _attend[(g.heads, g.pages)](
-        b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g.dim**-0.5, H=g.sizes, **g.launch(4)
+        b.q, keys, values, b.positions, b.pages, b.parts, b.stats, g.dim**-0.5, H=g.sizes, **g.launch(tile)
     )
-    _output[(cdiv(layer.output.n, t.output[0]),)](
-        b.parts, b.stats, b.positions, layer.output.pointers, b.x, W=matrix(layer.output, t.output[0]), H=g.sizes,
-        **g.launch(t.output[1]),
+    tile = TILES[layer.output.kind].output
+    _output[(cdiv(layer.output.n, tile.rows),)](
+        b.parts, b.stats, b.positions, pointers(layer.output), b.x, W=matrix(layer.output, tile), H=g.sizes,
+        **g.launch(tile),
     )  # fmt: skip
-    _swiglu[(cdiv(layer.gate_up.n // 2, t.swiglu[0]),)](
-        b.x, layer.mlp_norm, layer.gate_up.pointers, b.inner, g.eps, W=matrix(layer.gate_up, t.swiglu[0]),
-        PADDED=width, **g.launch(t.swiglu[1]),
-    )  # fmt: skip
-    _down[(cdiv(layer.down.n, t.down[0]),)](
-        b.inner, layer.down.pointers, b.x, W=matrix(layer.down, t.down[0]), **g.launch(t.down[1])
+    tile = TILES[layer.gate_up.kind].swiglu
+    _swiglu[(cdiv(layer.gate_up.n // 2, tile.rows),)](
+        b.x, layer.mlp_norm, pointers(layer.gate_up), b.inner, g.eps, W=matrix(layer.gate_up, tile), **g.launch(tile)
+    )
+    tile = TILES[layer.down.kind].down
+    _down[(cdiv(layer.down.n, tile.rows),)](
+        b.inner, pointers(layer.down), b.x, W=matrix(layer.down, tile), **g.launch(tile)
     )
 
 
 def run_head(norm: Tensor, head: Packed, logits: Tensor, b: Buffers, g: Geometry) -> None:
     """logits [1, n] float32 of the normed x."""
-    rows, warps = TILES.head
-    _head[(cdiv(head.n, rows),)](
-        b.x, norm, head.pointers, logits, g.eps, W=matrix(head, rows), PADDED=next_power_of_2(b.x.shape[1]),
-        **g.launch(warps),
-    )  # fmt: skip
+    tile = TILES[head.kind].head
+    _head[(cdiv(head.n, tile.rows),)](b.x, norm, pointers(head), logits, g.eps, W=matrix(head, tile), **g.launch(tile))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cosyq.kernels.launch import next_power_of_2
@@ -29,7 +32,8 @@ class Packed:
     code: NESTED: the 256 values of an absmax code, float32.
     bias: float32 [n] or None.
     lookup: 4 bits on a GPU: the table as instructions, see `lookup`.
-    dot: codes on a GPU: the product of a word of them as instructions, see `dot`.
+    dot: codes on a GPU, which are multiplied as integers.
+    planes: 4 bits: the table in bytes, see `planes`.
     """
 
     kind: int
@@ -43,7 +47,8 @@ class Packed:
     code: Tensor
     bias: Tensor | None = None
     lookup: str = ""
-    dot: str = ""
+    dot: bool = False
+    planes: Tensor | None = None
 
     @property
     def pointers(self) -> tuple[Tensor, ...]:
@@ -52,8 +57,7 @@ class Packed:
 
 def int8_rows(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     n, k = weight.shape
-    instructions = INT8_DOT if weight.is_cuda else ""
-    return Packed(INT8, n, k, 1, weight, scales, scales, scales, scales, bias, dot=instructions)
+    return Packed(INT8, n, k, 1, weight, scales, scales, scales, scales, bias, dot=weight.is_cuda)
 
 
 def float_rows(weight: Tensor, bias: Tensor | None) -> Packed:
@@ -76,14 +80,19 @@ def four_bit_rows(
         ValueError: blocks cross rows.
     """
     n, k = shape
-    instructions = (lookup(table.tolist()), dot(table.tolist())) if weight.is_cuda else ("", "")
     if k % block:
         raise ValueError(f"blocks of {block} cross rows of {k}")
+    on_gpu: tuple[Any, ...] = ()
+    if weight.is_cuda:
+        values = tuple(table.tolist())
+        on_gpu = lookup(values), True, planes(values, weight.device)
+        if nested is not None:
+            nested = nested[0], shared(tuple(nested[1].tolist()), weight.device), nested[2]
     if nested is None:
-        return Packed(FOUR_BIT, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, *instructions)
+        return Packed(FOUR_BIT, n, k, block, weight.view(-1), absmax, table, absmax, absmax, bias, *on_gpu)
     scale, code, offset = nested
     groups = torch.stack([scale, torch.full_like(scale, offset)], dim=1)
-    return Packed(NESTED, n, k, block, weight.view(-1), absmax, table, groups, code, bias, *instructions)
+    return Packed(NESTED, n, k, block, weight.view(-1), absmax, table, groups, code, bias, *on_gpu)
 
 
 def stacked(parts: Sequence[Packed]) -> Packed | None:
@@ -127,6 +136,7 @@ def stacked(parts: Sequence[Packed]) -> Packed | None:
         bias,
         first.lookup,
         first.dot,
+        first.planes,
     )
 
 
@@ -137,9 +147,40 @@ def parts_of(k: int, block: int) -> tuple[int, int]:
     return first, 0 if rest == 0 else max(next_power_of_2(rest), block)
 
 
-# A word of four codes times four inputs, as in `dot`: the high bytes $3, the low ones $4.
+LEVELS = 32639  # of inputs, as two signed bytes: 127 * 256 + 127
+STEPS = 16383  # from -1 to 1, of 4-bit values, as two bytes without their signs: 127 * 128 + 127
+
+# What a kernel multiplies codes by, as instructions. From four inputs, whole numbers behind the point of floats, their
+# low bytes, $0, and their high ones, $1, which are of numbers larger by 128, for a low byte has a sign.
+IN_BYTES = """{ .reg .b32 a, b, c, d;
+prmt.b32 a, $2, $3, 0x0040; prmt.b32 b, $4, $5, 0x0040; prmt.b32 $0, a, b, 0x5410;
+add.s32 a, $2, 128; add.s32 b, $3, 128; add.s32 c, $4, 128; add.s32 d, $5, 128;
+prmt.b32 a, a, b, 0x0051; prmt.b32 b, c, d, 0x0051; prmt.b32 $1, a, b, 0x5410; }"""
+# A word of four codes of int8 times four inputs: their high bytes $3, the low ones $4. $0 * 256 + $1.
 INT8_DOT = "dp4a.s32.s32 $0, $2, $3, 0; dp4a.s32.s32 $1, $2, $4, 0;"
-LEVELS = 32639  # of inputs and of 4-bit values, as two signed bytes: 127 * 256 + 127
+# Eight 4-bit codes, $4, looked up: the values' high bytes in $0 and $1, low ones in $2 and $3, of the first four and of
+# the others, of two neighbours the second first. A value v is (v + 1) / 2 in twice 7 bits: where a nibble's top bit is
+# set, `prmt` picks the sign of a byte, which is 0 here, so each half of the table leaves zeros for the codes of the
+# other, and `or` joins them. High bytes are picked from $5 to $8, low ones from $9 to $12, see `planes`.
+FOUR_BIT_VALUES = """{ .reg .b32 c, o, a, b;
+xor.b32 o, $4, 0x88888888; shr.b32 c, $4, 16;
+prmt.b32 a, $5, $6, $4; prmt.b32 b, $7, $8, o; or.b32 $0, a, b;
+prmt.b32 a, $9, $10, $4; prmt.b32 b, $11, $12, o; or.b32 $2, a, b;
+shr.b32 o, o, 16;
+prmt.b32 a, $5, $6, c; prmt.b32 b, $7, $8, o; or.b32 $1, a, b;
+prmt.b32 a, $9, $10, c; prmt.b32 b, $11, $12, o; or.b32 $3, a, b; }"""
+# These values, $1 to $4, times eight inputs: high bytes $5 and $6, low ones $7 and $8. The
+# product by 128; that of two low bytes is left out.
+FOUR_BIT_DOT = """{ .reg .b32 t, u, w;
+dp4a.s32.s32 t, $1, $5, 0; dp4a.s32.s32 u, $1, $7, 0; dp4a.s32.s32 w, $3, $5, 0;
+dp4a.s32.s32 t, $2, $6, t; dp4a.s32.s32 u, $2, $8, u; dp4a.s32.s32 w, $4, $6, w;
+mad.lo.s32 u, t, 256, u; mad.lo.s32 $0, w, 2, u; }"""
+# The sums of eight inputs' high bytes, $2 and $3, and of their low ones, $4 and $5.
+SUM_OF_BYTES = """{ dp4a.s32.s32 $0, $2, 0x01010101, 0; dp4a.s32.s32 $0, $3, 0x01010101, $0;
+dp4a.s32.s32 $1, $4, 0x01010101, 0; dp4a.s32.s32 $1, $5, 0x01010101, $1; }"""
+# $1, not known to be the same in all threads, which it is as $2 is 0: what a compiler knows to be the same it keeps
+# where `prmt` cannot read it, and moves for each.
+OWN = "{ .reg .b32 a; mov.u32 a, %laneid; and.b32 a, a, $2; xor.b32 $0, $1, a; }"
 
 
 def _picked(codes: str, high: Sequence[int], low: Sequence[int]) -> Iterator[list[str]]:
@@ -173,27 +214,18 @@ def _picked(codes: str, high: Sequence[int], low: Sequence[int]) -> Iterator[lis
         yield lines
 
 
-def dot(table: Sequence[float]) -> str:
-    """PTX that multiplies a word of eight 4-bit codes by eight inputs in pairs of bytes: $0 * 256 + $1.
+@cache
+def shared(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32, one for all layers that look up the same: it is used so often that it stays in the GPU's cache."""
+    return torch.tensor(values, device=device)
 
-    As in `lookup`, but a value is two signed bytes and `dp4a` takes four of one byte at once. $2 are the codes, $3 and
-    $4 the inputs' high bytes, $5 and $6 their low ones, of two neighbours the second first.
-    """
-    levels = [round(value * LEVELS) for value in table]
-    high = [(level + 128) >> 8 for level in levels]
-    low = [level - 256 * byte for level, byte in zip(levels, high, strict=True)]
 
-    lines = []
-    for half, picked in enumerate(_picked("$2", high, low)):
-        lines += picked
-        sums = ("0", "0") if half == 0 else ("t", "u")
-        lines += [
-            f"dp4a.s32.s32 t, h, ${3 + half}, {sums[0]};",
-            f"dp4a.s32.s32 u, h, ${5 + half}, {sums[1]};",
-            f"dp4a.s32.s32 u, l, ${3 + half}, u;",
-        ]
-    lines += ["mov.b32 $0, t;", "mov.b32 $1, u;"]
-    return "{ .reg .b32 t, u; " + " ".join(lines) + " }"
+@cache
+def planes(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The 16 values as FOUR_BIT_VALUES takes them, int32 [9]: their high bytes, four in a word, low ones, and 0."""
+    levels = ((torch.tensor(values) + 1) * (STEPS / 2)).round().int()
+    words = torch.cat([levels >> 7, levels & 127]).to(torch.uint8).view(torch.int32)
+    return F.pad(words, (0, 1)).to(device)
 
 
 def lookup(table: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ TOGETHER = 16  # positions of one prompt that attend together: prompts begin at 
 
 _attend_rows = Kernel("row_attention", "attend_rows")
 _attend_prompts = Kernel("row_attention", "attend_prompts")
+_gather = Kernel("row_products", "gather")
 _begin = Kernel("row_products", "begin")
 _turned = Kernel("row_products", "turned")
 _gated = Kernel("row_products", "gated")
@@ -185,6 +186,12 @@ class Pass:
         """Sums of a row that a product leaves which adds to x."""
         count = cdiv(self.shape.hidden, producer.n)
         return {"TILES": count, "TILES_PADDED": next_power_of_2(count)}
+
+
+def gather(source: Tensor, which: Tensor, out: Tensor) -> None:
+    """out [rows, n] = the rows of source [any, n] that `which` names, int32 [rows] or more."""
+    rows, width = out.shape
+    _gather[(rows,)](source, which, out, N=width, PADDED=next_power_of_2(width), num_warps=4)
 
 
 def begin(gain: Tensor, b: Rows, p: Pass) -> None:

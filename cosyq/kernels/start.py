@@ -77,14 +77,10 @@ def _use(device: torch.device, dtype: torch.dtype) -> None:
 
     if device.type == "cuda":
         with suppress(RuntimeError), torch.inference_mode():
-            x, some = torch.ones(16, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+            x, some = torch.ones(16, 16, device=device), torch.zeros(1, dtype=torch.int32, device=device)
             weights = x.to(dtype)
             torch.addmm(weights[0], weights @ weights, weights)  # by cuBLAS and, with its bias, by cublasLt
-            torch.linalg.vector_norm(x.double(), dim=1)
-            torch.isfinite(x).all()
-            torch.pow(2.0, x)
-            torch.index_select(x, 0, some)
-            F.normalize(x[0], dim=0)
+            torch.cat([F.leaky_relu(x), F.embedding(some, weights).float() * (some >= 0)])
             torch._C._cuda_clearCublasWorkspaces()  # of a stream that multiplies no more
 
 

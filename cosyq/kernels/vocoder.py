@@ -12,6 +12,7 @@ from cosyq.kernels.streaming import Extent, Rows, Tile
 _conv = Kernel("vocoder", "conv")
 _mix = Kernel("vocoder", "mix")
 _overlap_add = Kernel("vocoder", "overlap_add")
+_note_infinite = Kernel("vocoder", "note_infinite")
 
 
 def tile(inputs: int, outputs: int) -> Tile:
@@ -99,6 +100,12 @@ def mix(raw: Tensor, counts: Tensor, *, rows: Extent, act: Activation) -> None:
         GROUPS=groups, PAST=(act.taps[0] - 1) * act.dilation, SLOPE=act.slope, RATE=rows.rate, EXTRA=rows.extra,
         C=channels, BT=64, BN=columns,
     )  # fmt: skip
+
+
+def note_infinite(weight: Tensor, flag: Tensor) -> None:
+    """flag, int32 [1], is 1 if not all of `weight` is finite, and left alone if it is."""
+    size = 4096
+    _note_infinite[(cdiv(weight.numel(), size),)](weight, weight.numel(), flag, SIZE=size)
 
 
 @dataclass(frozen=True)

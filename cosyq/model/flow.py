@@ -58,6 +58,11 @@ def start_noise(config: FlowConfig) -> Tensor:
     return noise[0].T.contiguous()
 
 
+def normalized(speaker: Tensor) -> Tensor:
+    """Speakers' vectors [..., dim], float32, of length one."""
+    return F.normalize(speaker.float(), dim=-1)
+
+
 class TokenEncoder(nn.Module):
     """Embeds tokens and mixes in the few that follow."""
 
@@ -97,14 +102,14 @@ class Flow(nn.Module):
         """What the estimator is told of every frame, [frames, mel + token + mel] float32; arguments as in `forward`."""
         embedded = self.token_embedding(tokens).float().unsqueeze(0)
         mu = self.token_encoder(embedded, final).repeat_interleave(self.config.token_mel_ratio, dim=1)[0]
-        voice = self.voice(speaker)
+        voice = self.told_of(normalized(speaker))
         prompt = F.pad(prompt_mel, (0, 0, 0, mu.shape[0] - prompt_mel.shape[0]))
         return torch.cat([prompt, mu, voice.expand(mu.shape[0], -1)], dim=-1)
 
-    def voice(self, speaker: Tensor) -> Tensor:
-        """What the estimator is told of a speaker, or of several, [..., mel] float32."""
+    def told_of(self, speaker: Tensor) -> Tensor:
+        """What the estimator is told of a speaker, or of several, normalized: [..., mel] float32."""
         dtype = self.token_encoder.conv1.weight.dtype  # the projection may be packed, and have none
-        return self.speaker_proj(F.normalize(speaker.float(), dim=-1).to(dtype)).float()
+        return self.speaker_proj(speaker.to(dtype)).float()
 
     def forward(
         self,

@@ -127,6 +127,11 @@ class ResBlock(nn.Module):
         return x
 
 
+def length_over_norm(length: Tensor, direction: Tensor) -> Tensor:
+    """What a layer's weight is its direction times, for weight_g [outputs, 1, 1] and weight_v: [outputs] float64."""
+    return length.double().flatten() / direction.flatten(1).double().norm(dim=1)
+
+
 class PitchConv(nn.Module):
     """A float64 convolution whose weight norm is folded at each use, into its outputs.
 
@@ -144,7 +149,7 @@ class PitchConv(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Length over direction's norm, [outputs] float64."""
-        return self.weight_g.double().flatten() / self.weight_v.flatten(1).double().norm(dim=1)
+        return length_over_norm(self.weight_g, self.weight_v)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, inputs, t + past] -> [b, outputs, t], both float64."""

@@ -118,10 +118,9 @@ class Room:
 
     def __init__(
         self, config: FlowConfig, half: int, tiles: int, positions: int, utterances: int,
-        frequencies: Tensor, dtype: torch.dtype,
+        frequencies: Tensor, dtype: torch.dtype, device: torch.device,
     ):  # fmt: skip
         self.half, self.tiles, self.positions, self.utterances, self.config = half, tiles, positions, utterances, config
-        device = frequencies.device
         c, inner = config, config.heads * config.head_dim
         self._widths = {
             "given": 3 * c.mel_dim + c.token_dim,
@@ -143,8 +142,8 @@ class Room:
         self.sheet = self.sizes.sheet(half, device)
         self._blanks: deque[Blank] = deque()
         self._views: dict[tuple[int, int], View] = {}
-        angles = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequencies)
-        self._rope = angles.cos(), angles.sin()
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)  # on the host, as it is little
+        self._rope = angles.cos().to(device), angles.sin().to(device)
 
     def blank(self) -> Blank:
         """Of no tokens; what it said last has been sent."""

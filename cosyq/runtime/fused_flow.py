@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cosyq.kernels import dit as kernels
 from cosyq.kernels.flow_products import times_codes
 from cosyq.model.dit import NORM_EPS
-from cosyq.model.flow import Flow, time_steps
+from cosyq.model.flow import Flow, normalized, time_steps
 from cosyq.quantize.linear import DequantLinear
 from cosyq.runtime.flow_past import Segment, frame_numbers, tail_numbers, total
 from cosyq.runtime.flow_room import BESIDE_ITS_OWN, Room, View, padded_tokens
@@ -77,7 +77,7 @@ class FusedFlow:
         tables = [torch.cat([flow.adaln[str(n)].data, dt], dim=1) for n, dt in zip(numbers, sizes, strict=True)]
         self._table = torch.cat(tables)
         self._row = torch.empty(self.config.modulation_width + 1, device=self.device)
-        self._frequencies = estimator.rope_frequencies.data.float()
+        self._frequencies = estimator.rope_frequencies.data.float().cpu()
         self._entry, self._exit = estimator.input_proj, estimator.proj_out
         self._convolutions = convolutions(estimator.conv_pos)
         packed = any(isinstance(layer, DequantLinear) for layer in estimator.blocks.modules())
@@ -186,7 +186,7 @@ class FusedFlow:
             own = u.past_frames // c.token_mel_ratio
             tokens, mel = u.tokens[max(own - BESIDE_ITS_OWN, 0) :], u.prompt_mel[u.past_frames : end]
             sheet.tokens[token : token + len(tokens)] = tokens.cpu().numpy()
-            sheet.speakers[index] = u.speaker.cpu().numpy()
+            sheet.speakers[index] = normalized(u.speaker.cpu()).numpy()
             sheet.prompts[prompt : prompt + len(mel)] = mel.cpu().numpy()
             of_it = slice(tile, tile + -(-length // kernels.TILE))
             sheet.entries[of_it] = u.past_frames, token + min(own, BESIDE_ITS_OWN), prompt, len(mel), index
@@ -212,7 +212,9 @@ class FusedFlow:
             places = max(frames, -(-positions // ROOM) * ROOM, there[2])
             most = max(utterances, there[3])
             self._room = room = None  # freed before its successor is allocated
-            self._room = room = Room(self.config, frames, count, places, most, self._frequencies, self.dtype)
+            self._room = room = Room(
+                self.config, frames, count, places, most, self._frequencies, self.dtype, self.device
+            )
         return room
 
     def _tell(self, room: Room, count: int, utterances: int, noise: Tensor) -> None:
@@ -229,7 +231,7 @@ class FusedFlow:
         there = (tokens >= 0)[:, None]
         embedded = front.token_embedding(tokens.clamp(min=0)).float() * there
         encoded = look_ahead(front.token_encoder, embedded, there)
-        voices = front.voice(sheet.speakers[:utterances])
+        voices = front.told_of(sheet.speakers[:utterances])
         tiles = sheet.tiles[: ratio * count // kernels.TILE + 1 + utterances]
         kernels.enter(
             room.x, room.given, noise, encoded, voices, sheet.prompts, tiles, sheet.entries, sheet.now, ratio=ratio

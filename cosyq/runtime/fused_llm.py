@@ -142,9 +142,10 @@ class FusedForward:
         shape = (c.num_layers, 1 + rows * min(FIRST_PAGES, self.pages_a_row), c.num_kv_heads, PAGE, c.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self._free = list(range(1, shape[1]))
-        cos, sin = rope_tables(torch.arange(self.capacity, device=device), c.head_dim, c.rope_theta)
+        # On the host: each kernel of torch's that a process uses for the first time may take 50 ms to load.
+        cos, sin = rope_tables(torch.arange(self.capacity), c.head_dim, c.rope_theta)
         half = c.head_dim // 2
-        rope = cos[:, :half].contiguous(), sin[:, :half].contiguous()
+        rope = cos[:, :half].contiguous().to(device), sin[:, :half].contiguous().to(device)
         pages = torch.zeros(rows, self.pages_a_row, dtype=torch.int32, device=device)
         positions = torch.full((rows,), -1, dtype=torch.int32, device=device)
         owners = torch.arange(rows, dtype=torch.int32, device=device)
@@ -211,7 +212,7 @@ class FusedForward:
         for chunk in chunks(placed, size=CHUNK, tile=TOGETHER):
             self._table.copy_(sent(chunk.table, self.device))
             rows = next(size for size in SIZES if size >= chunk.rows)
-            torch.index_select(given, 0, self._table[2, :rows], out=self._prompt.x[:rows])
+            kernels.gather(given, self._table[2], self._prompt.x[:rows])
             ends = -(-len(chunk.ended) // TOGETHER) * TOGETHER
             self.recorded.run(("prompts", rows, ends), partial(self._show, rows, ends))
             logits[chunk.ended.start : chunk.ended.stop] = self._prompt_logits[: len(chunk.ended)]

@@ -14,13 +14,12 @@ class Sound:
 
     Args:
         wav: [n] float32, on the device.
-        mel: what it was made of, checked here so that nobody has to wait for it before.
+        mel: what it was made of, float32; fetched too and looked at here, so that nobody has to wait for it before.
     """
 
     def __init__(self, wav: Tensor, mel: Tensor):
         self._count = len(wav)
-        is_finite = torch.isfinite(mel).all().to(wav.dtype)
-        self._fetched = Fetched(torch.cat([wav, is_finite[None]]))
+        self._fetched = Fetched(torch.cat([wav, mel.flatten()]))
 
     def __len__(self) -> int:
         return self._count
@@ -36,10 +35,9 @@ class Sound:
         Raises:
             DeviceError: they, or the mel, are not finite.
         """
-        found = self._fetched.tensor()
-        if not found[self._count]:
+        wav, mel = self._fetched.tensor().tensor_split([self._count])
+        if not torch.isfinite(mel).all():
             raise not_finite_mel()
-        wav = found[: self._count]
         if not torch.isfinite(wav).all():
             raise DeviceError("the vocoder's samples are not finite", remedy="use fp32 for the vocoder")
         return wav

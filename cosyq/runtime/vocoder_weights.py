@@ -8,7 +8,7 @@ frames with `rate` times the outputs, of a third of the work or less.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cosyq.errors import DeviceError
 from cosyq.kernels.excitation import PitchLayer, SourceConstants
 from cosyq.kernels.streaming import MARGIN
-from cosyq.kernels.vocoder import Conv, Inverse
+from cosyq.kernels.vocoder import Conv, Inverse, note_infinite
 from cosyq.model.config import VocoderConfig
-from cosyq.model.vocoder import PitchConv, ResBlock, Vocoder
+from cosyq.model.vocoder import PitchConv, ResBlock, Vocoder, length_over_norm
 
 REMEDY = "use --engine reference"
 
@@ -58,6 +58,15 @@ class Weights:
     inverse: Inverse
 
     @property
+    def convolutions(self) -> Iterator[Conv]:
+        """All whose weights have the convolutions' type, and the last."""
+        yield from (self.pre, self.post)
+        for stage in self.stages:
+            yield from (stage.up, stage.down)
+            for pair in (*stage.source, *stage.blocks):
+                yield from (pair.first, pair.second)
+
+    @property
     def pitch_pasts(self) -> tuple[int, ...]:
         """Rows of each pitch layer's output that the next one reaches back for."""
         return (*(layer.weight.shape[0] - 1 for layer in self.pitch[1:]), 0)
@@ -90,7 +99,7 @@ def pack(vocoder: Vocoder, dtype: torch.dtype) -> Weights:
                 rate=math.prod(c.upsample_rates[: i + 1]),
             )
         )
-    return Weights(
+    weights = Weights(
         pre=_conv([vocoder.conv_pre], dtype),
         stages=tuple(stages),
         post=_conv([vocoder.conv_post], torch.float32),
@@ -99,6 +108,12 @@ def pack(vocoder: Vocoder, dtype: torch.dtype) -> Weights:
         basis=_analysis(c.n_fft, vocoder.conv_pre.weight.device),
         inverse=_synthesis(c.n_fft, c.hop, vocoder.conv_pre.weight.device),
     )
+    strange = torch.zeros(1, dtype=torch.int32, device=vocoder.conv_pre.weight.device)
+    for conv in weights.convolutions:
+        note_infinite(conv.weight, strange)
+    if strange.item():
+        raise DeviceError("a weight of the vocoder does not fit 16 bits", remedy=REMEDY)
+    return weights
 
 
 def _check(c: VocoderConfig) -> None:
@@ -120,13 +135,6 @@ def width(channels: int) -> int:
     return -(-channels // 16) * 16
 
 
-def _fit(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    packed = weight.to(dtype)
-    if not torch.isfinite(packed).all():
-        raise DeviceError("a weight of the vocoder does not fit 16 bits", remedy=REMEDY)
-    return packed
-
-
 def _padded(vector: Tensor) -> Tensor:
     return F.pad(vector, (0, width(vector.shape[-1]) - vector.shape[-1]))
 
@@ -139,7 +147,7 @@ def _taps_first(weight: Tensor) -> Tensor:
 def _conv(convs: Sequence[nn.Conv1d], dtype: torch.dtype, stride: int = 1) -> Conv:
     weight = torch.cat([_taps_first(conv.weight) for conv in convs])
     bias = torch.stack([_padded(conv.bias.float()) for conv in convs])
-    return Conv(_fit(weight, dtype), bias, tuple(conv.kernel_size[0] for conv in convs), stride)
+    return Conv(weight.to(dtype), bias, tuple(conv.kernel_size[0] for conv in convs), stride)
 
 
 def _polyphase(up: nn.Conv1d, rate: int, dtype: torch.dtype) -> Conv:
@@ -152,7 +160,7 @@ def _polyphase(up: nn.Conv1d, rate: int, dtype: torch.dtype) -> Conv:
         for k in range(past + 1):
             folded[taps - 1 + (phase - past + k) // rate, :, phase] += weight[k]
     bias = _padded(up.bias.float()).repeat(rate)
-    return Conv(_fit(folded.flatten(2), dtype), bias[None], (taps,))
+    return Conv(folded.flatten(2).to(dtype), bias[None], (taps,))
 
 
 def _pairs(blocks: Sequence[ResBlock], dtype: torch.dtype) -> tuple[Pair, ...]:
@@ -170,7 +178,9 @@ def _pairs(blocks: Sequence[ResBlock], dtype: torch.dtype) -> tuple[Pair, ...]:
 
 def _pitch_layer(conv: PitchConv) -> PitchLayer:
     """The direction stays float32 as it was published, half the bytes; its length goes to the outputs, in float64."""
-    return PitchLayer(_taps_first(conv.weight_v.float()), _padded(conv.scale), _padded(conv.bias.double()))
+    # On the host: it is little, and a GPU's kernels for it, used for nothing else, take 50 ms to load.
+    scale = length_over_norm(conv.weight_g.cpu(), conv.weight_v.cpu()).to(conv.bias.device)
+    return PitchLayer(_taps_first(conv.weight_v.float()), _padded(scale), _padded(conv.bias.double()))
 
 
 def _source_constants(vocoder: Vocoder) -> SourceConstants:

@@ -41,7 +41,7 @@ else:
     sys.modules["triton"] = None  # it cannot be imported
 
 from cosyq.kernels import dit
-from cosyq.kernels.decode import _output, matrix, Heads
+from cosyq.kernels.decode import _output, matrix, pointers, Heads, Tile
 from cosyq.kernels.packed import int8_rows
 kept, by = store.keep, set()
 def keep(named, binary):
@@ -58,9 +58,9 @@ def work():
         on_gpu(128, 384), on_gpu(128, 128), on_gpu(2, 4, dtype=torch.int32), on_gpu(2, 4, dtype=torch.int64), now, 1, 64, 0.125,
         KEPT=2, TAILS=2, HEADS=2, D=64, TILE=64, KEYS=64, num_warps=4, num_stages=3, PDL=True, launch_pdl=True)
     w = int8_rows(torch.zeros(64, 128, dtype=torch.int8), torch.zeros(64), None)
-    pointers = tuple(t.as_subclass(OnGpu) for t in w.pointers)
-    _output[(8,)](on_gpu(2, 8, 64), on_gpu(2, 8, 2), on_gpu(1, dtype=torch.int32), pointers, on_gpu(1, 64),
-                  W=matrix(w, 8), H=Heads(2, 1, 64, 8, 128), PDL=False, num_warps=4)
+    given = tuple(t.as_subclass(OnGpu) for t in pointers(w))
+    _output[(8,)](on_gpu(2, 8, 64), on_gpu(2, 8, 2), on_gpu(1, dtype=torch.int32), given, on_gpu(1, 64),
+                  W=matrix(w, Tile(8, 4)), H=Heads(2, 1, 64, 8, 128), PDL=False, num_warps=4)
     from cosyq.kernels import vocoder
     from cosyq.kernels.streaming import Extent
     layer = vocoder.Conv(on_gpu(3, 16, 16), on_gpu(1, 16), (3,))
@@ -107,7 +107,7 @@ def test_what_one_process_compiles_another_launches_without_triton(tmp_path):
     assert (name, grid, warps, overlaps) == ("attend_kernel", (2, 2, 2), 4, True)
     assert shared > 16384
     assert passed == ["Q"] * 5 + ["i1", "i64", "f0.125"], "the layer is an argument even where it is 1"
-    assert (output[0], output[-1]) == ("output_kernel", ["Q"] * 9), "tuples are laid open"
+    assert (output[0], output[-1]) == ("output_kernel", ["Q"] * 10), "tuples are laid open"
     assert (conv[0], conv[-1]) == ("conv_kernel", ["Q"] * 5 + ["i1", "i1", "i0", "i0", "i0", "i0"]), "nothing is not"
 
 

@@ -11,7 +11,7 @@ from random_vocoder import SMALL, random_vocoder
 
 from cosyq.kernels.excitation import PitchLayer, excite, pitch_conv, transform
 from cosyq.kernels.streaming import MARGIN, Extent, Rows
-from cosyq.kernels.vocoder import Activation, Conv, conv, mix, overlap_add
+from cosyq.kernels.vocoder import Activation, Conv, conv, mix, note_infinite, overlap_add
 from cosyq.model.vocoder import StreamState, excitation_noise, hann, snake
 from cosyq.runtime.vocoder_weights import pack
 
@@ -229,3 +229,15 @@ def test_what_is_not_a_number_is_heard_of():
         Rows(data, data, data), weights.inverse, counts(2), rows=Extent(2, 6, extra=True), limit=1.0, most=1e2, out=out
     )
     assert out.isnan().any(1).nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_weights_that_are_not_finite_are_noted(dtype):
+    weight, flag = torch.full((3, 37, 64), 60000.0, dtype=dtype), torch.zeros(1, dtype=torch.int32)
+    for value in (60000.0, -math.inf, math.inf, math.nan):
+        weight[-1, -1, -1] = value
+        flag.zero_()
+        note_infinite(weight, flag)
+        assert flag.item() == (not math.isfinite(value))
+    note_infinite(torch.ones_like(weight), flag)
+    assert flag.item() == 1

@@ -5,16 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cosyq.kernels.device.decode_products import fetched, inputs_of, times
+from cosyq.kernels.device.decode_products import fetched, inputs_of, normed, read, read_attended, times
 from cosyq.kernels.device.overlap import let_next_start, wait
-
-
-@triton.jit
-def _root_mean_square(x_ptr, eps, K: tl.constexpr, PADDED: tl.constexpr):
-    """1 / the root of the mean square of x [K]."""
-    k = tl.arange(0, PADDED)
-    x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-    return tl.rsqrt(tl.sum(x * x, 0) / K + eps)
 
 
 @triton.jit
@@ -25,24 +17,24 @@ def _rows(W: tl.constexpr):
 
 @triton.jit
 def qkv_kernel(x_ptr, gain_ptr, w, bias_ptr, cos_ptr, sin_ptr, position_ptr, page_ptr, q_ptr, key_ptr, value_ptr, eps,
-               W: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+               W: tl.constexpr, H: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Normed x projected; queries and keys turned by their position, keys and values written to their page."""
     half: tl.constexpr = H.dim // 2
     pid = tl.program_id(0)
     head = pid // (half // W.tile)
-    pair = (pid % (half // W.tile)) * W.tile + tl.arange(0, W.tile)
-    upper = head * H.dim + pair  # and `half` below it the rows that they turn with
-    upper_tile = fetched(w, upper, pair < half, W)
-    lower_tile = fetched(w, upper + half, pair < half, W)
-    upper_bias, lower_bias = tl.load(bias_ptr + upper), tl.load(bias_ptr + upper + half)
+    start = pid % (half // W.tile) * W.tile
+    row = tl.arange(0, 2 * W.tile)  # each beside the row `half` below it, with which it turns
+    n = head * H.dim + start + row // 2 + row % 2 * half
+    tile = fetched(w, n, start + row // 2 < half, W)
+    bias, gains = tl.load(bias_ptr + n), read(gain_ptr, W)
     wait(PDL)
     let_next_start(PDL)
     place = tl.load(position_ptr)
     position = tl.maximum(place, 0)
-    r = _root_mean_square(x_ptr, eps, W.k, PADDED)
-    inputs = inputs_of((x_ptr, gain_ptr), W)
-    one = times(upper_tile, inputs, w[2], W) * r + upper_bias
-    two = times(lower_tile, inputs, w[2], W) * r + lower_bias
+    inputs, r = normed(read(x_ptr, W), gains, eps, W)
+    one, two = tl.split(tl.reshape(times(tile, inputs, w[2], W) * r + bias, (W.tile, 2)))
+    pair = start + tl.arange(0, W.tile)
+    upper = head * H.dim + pair
     if head < H.query + H.kv:
         cos = tl.load(cos_ptr + position * half + pair)
         sin = tl.load(sin_ptr + position * half + pair)
@@ -101,27 +93,30 @@ def output_kernel(part_ptr, stat_ptr, position_ptr, w, x_ptr, W: tl.constexpr, H
     """What the heads attended to, projected, added to x."""
     n, valid = _rows(W)
     tile = fetched(w, n, valid, W)
+    count = tl.maximum(tl.load(position_ptr, cache_modifier=".cg"), 0) // H.page + 1
+    x = tl.load(x_ptr + n, mask=valid, other=0.0, cache_modifier=".cg")  # as the kernel before attention left it
     wait(PDL)
     let_next_start(PDL)
-    count = tl.maximum(tl.load(position_ptr), 0) // H.page + 1
-    out = times(tile, inputs_of((part_ptr, stat_ptr, count), W, H), w[2], W)
-    tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
+    attended = read_attended(part_ptr, stat_ptr, count, W, H)
+    out = times(tile, inputs_of(attended, W), w[2], W)
+    tl.store(x_ptr + n, x + out, mask=valid)
 
 
 @triton.jit
-def swiglu_kernel(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+def swiglu_kernel(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PDL: tl.constexpr):
     """silu(gate) * up of the normed x; the weight's first half of rows is the gate's."""
     half: tl.constexpr = W.n // 2
-    n = tl.program_id(0) * W.tile + tl.arange(0, W.tile)
-    valid = n < half
-    gate_tile, up_tile = fetched(w, n, valid, W), fetched(w, half + n, valid, W)
+    start = tl.program_id(0) * W.tile
+    row = tl.arange(0, 2 * W.tile)  # the gate's beside up's
+    n = start + row // 2
+    tile = fetched(w, n + row % 2 * half, n < half, W)
+    gains = read(gain_ptr, W)
     wait(PDL)
     let_next_start(PDL)
-    r = _root_mean_square(x_ptr, eps, W.k, PADDED)
-    inputs = inputs_of((x_ptr, gain_ptr), W)
-    gate = times(gate_tile, inputs, w[2], W) * r
-    up = times(up_tile, inputs, w[2], W) * r
-    tl.store(out_ptr + n, gate / (1 + tl.exp(-gate)) * up, mask=valid)
+    inputs, r = normed(read(x_ptr, W), gains, eps, W)
+    gate, up = tl.split(tl.reshape(times(tile, inputs, w[2], W) * r, (W.tile, 2)))
+    to = start + tl.arange(0, W.tile)
+    tl.store(out_ptr + to, gate / (1 + tl.exp(-gate)) * up, mask=to < half)
 
 
 @triton.jit
@@ -129,18 +124,20 @@ def down_kernel(inner_ptr, w, x_ptr, W: tl.constexpr, PDL: tl.constexpr):
     """What SwiGLU left, projected, added to x."""
     n, valid = _rows(W)
     tile = fetched(w, n, valid, W)
+    x = tl.load(x_ptr + n, mask=valid, other=0.0, cache_modifier=".cg")
     wait(PDL)
     let_next_start(PDL)
-    out = times(tile, inputs_of((inner_ptr,), W), w[2], W)
-    tl.store(x_ptr + n, tl.load(x_ptr + n, mask=valid, other=0.0) + out, mask=valid)
+    out = times(tile, inputs_of(read(inner_ptr, W), W), w[2], W)
+    tl.store(x_ptr + n, x + out, mask=valid)
 
 
 @triton.jit
-def head_kernel(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PADDED: tl.constexpr, PDL: tl.constexpr):
+def head_kernel(x_ptr, gain_ptr, w, out_ptr, eps, W: tl.constexpr, PDL: tl.constexpr):
     """The normed x times the weight."""
     n, valid = _rows(W)
     tile = fetched(w, n, valid, W)
+    gains = read(gain_ptr, W)
     wait(PDL)
     let_next_start(PDL)
-    out = times(tile, inputs_of((x_ptr, gain_ptr), W), w[2], W) * _root_mean_square(x_ptr, eps, W.k, PADDED)
-    tl.store(out_ptr + n, out, mask=valid)
+    inputs, r = normed(read(x_ptr, W), gains, eps, W)
+    tl.store(out_ptr + n, times(tile, inputs, w[2], W) * r, mask=valid)

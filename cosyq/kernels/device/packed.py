@@ -9,7 +9,6 @@ from cosyq.kernels import packed
 
 INT8_STEP = tl.constexpr(7.874015718698502e-3)  # as `quantize.formats` has it
 NESTED_BLOCKS = tl.constexpr(packed.NESTED_BLOCKS)
-LEVELS = tl.constexpr(packed.LEVELS)
 
 
 @triton.jit
@@ -42,33 +41,58 @@ def fetch(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, 
 
 @triton.jit
 def _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND: tl.constexpr):
-    if KIND == 1:
-        return tl.load(scale_ptr + index, mask=inside, other=0.0)
-    else:
-        absmax = tl.load(scale_ptr + index, mask=inside, other=0).to(tl.int32)
-        group = index // NESTED_BLOCKS
-        scales = tl.load(code_ptr + absmax) * tl.load(group_ptr + group * 2, mask=inside, other=0.0)
-        scales += tl.load(group_ptr + group * 2 + 1, mask=inside, other=0.0)
-        return tl.where(inside, scales, 0.0)
+    return _unpacked(tl.load(scale_ptr + index, mask=inside, other=0), group_ptr, code_ptr, index, inside, KIND)
 
 
 @triton.jit
-def fetch_words(w_ptr, scale_ptr, group_ptr, code_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr,
-                K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """As `fetch`, for `dot`: words of four codes [r, WIDTH / 4], or of eight [r, blocks, BLOCK / 8]."""
-    words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    if KIND == 0:
-        k = k0 // 4 + tl.arange(0, WIDTH // 4)
-        inside = valid[:, None] & (k < K // 4)[None, :]
-        words = tl.load(words_ptr + rows.to(tl.int64)[:, None] * (K // 4) + k[None, :], mask=inside, other=0)
-        return words, tl.load(scale_ptr + rows, mask=valid, other=0.0) * INT8_STEP
+def _unpacked(scales, group_ptr, code_ptr, index, inside, KIND: tl.constexpr):
+    if KIND == 1:
+        return scales
     else:
-        block = k0 // BLOCK + tl.arange(0, WIDTH // BLOCK)
-        inside = valid[:, None] & (block < K // BLOCK)[None, :]
-        index = rows.to(tl.int64)[:, None] * (K // BLOCK) + block[None, :]
-        at = index[:, :, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, None, :]
-        words = tl.load(words_ptr + at, mask=inside[:, :, None], other=0)
-        return words, _block_scales(scale_ptr, group_ptr, code_ptr, index, inside, KIND)
+        shape: tl.constexpr = index.shape
+        scales = tl.reshape(scales, (index.numel,))
+        index, inside = tl.reshape(index, (index.numel,)), tl.reshape(inside, (index.numel,))
+        group = index // NESTED_BLOCKS
+        scale = tl.load(group_ptr + group * 2, mask=inside, other=0.0)
+        offset = tl.load(group_ptr + group * 2 + 1, mask=inside, other=0.0)
+        return tl.reshape(tl.where(inside, tl.load(code_ptr + scales.to(tl.int32)) * scale + offset, 0.0), shape)
+
+
+@triton.jit
+def _places(rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    block = k0 // BLOCK + tl.arange(0, WIDTH // BLOCK)
+    inside = valid[:, None] & (block < K // BLOCK)[None, :]
+    return rows.to(tl.int64)[:, None] * (K // BLOCK) + block[None, :], inside
+
+
+@triton.jit
+def fetch_words(w_ptr, rows, valid, k0: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr):
+    """Codes as in `fetch`, for `dot`: words of four [r, WIDTH / 4], or of eight [r, WIDTH / 8]."""
+    words_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    codes: tl.constexpr = 4 if KIND == 0 else 8
+    k = k0 // codes + tl.arange(0, WIDTH // codes)
+    inside = valid[:, None] & (k < K // codes)[None, :]
+    return tl.load(words_ptr + rows.to(tl.int64)[:, None] * (K // codes) + k[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def fetch_scales(scale_ptr, group_ptr, code_ptr, rows, valid, FIRST: tl.constexpr, REST: tl.constexpr,
+                 K: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Scales as in `fetch`, of the first columns and of the rest."""
+    if KIND == 0:
+        scales = tl.load(scale_ptr + rows, mask=valid, other=0.0) * INT8_STEP
+        return scales, scales
+    else:
+        index, inside = _places(rows, valid, 0, FIRST, K, BLOCK)
+        first = tl.load(scale_ptr + index, mask=inside, other=0)
+        if REST == 0:
+            scales = _unpacked(first, group_ptr, code_ptr, index, inside, KIND)
+            return scales, scales
+        else:
+            more_index, more_inside = _places(rows, valid, FIRST, REST, K, BLOCK)
+            rest = tl.load(scale_ptr + more_index, mask=more_inside, other=0)  # before `first` is waited for
+            return (_unpacked(first, group_ptr, code_ptr, index, inside, KIND),
+                    _unpacked(rest, group_ptr, code_ptr, more_index, more_inside, KIND))  # fmt: skip
 
 
 @triton.jit

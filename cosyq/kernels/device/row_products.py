@@ -146,6 +146,13 @@ def _halves(total, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def gather_kernel(source_ptr, which_ptr, out_ptr, N: tl.constexpr, PADDED: tl.constexpr):
+    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, PADDED)
+    x = tl.load(source_ptr + tl.load(which_ptr + row).to(tl.int64) * N + k, mask=k < N)
+    tl.store(out_ptr + row * N + k, x, mask=k < N)
+
+
+@triton.jit
 def begin_kernel(x_ptr, gain_ptr, gained_ptr, square_ptr, K: tl.constexpr, PADDED: tl.constexpr, TILES: tl.constexpr,
                  TILES_PADDED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     row, k, tile = tl.program_id(0), tl.arange(0, PADDED), tl.arange(0, TILES_PADDED)

@@ -172,3 +172,11 @@ def overlap_add_kernel(
     y = tl.where(y > LIMIT, LIMIT, tl.where(y < -LIMIT, -LIMIT, y))
     end = n + tl.load(counts + FINAL)
     tl.store(out + rows[:, None] * HOP + j[None, :], y, mask=(rows < end)[:, None] & (j < HOP)[None, :])
+
+
+@triton.jit
+def note_infinite_kernel(x, n, flag, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    finite = tl.abs(tl.load(x + at, mask=at < n, other=0.0).to(tl.float32)) < float("inf")
+    if tl.min(finite.to(tl.int32), 0) == 0:
+        tl.store(flag, 1)
