@@ -117,12 +117,14 @@ def _compiler() -> Check:
 
 def _kernel_cache() -> Check:
     """Where they are kept from one start to the next."""
-    folder = store.folder()
-    existing = _existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        found = f"{folder} cannot be written: kernels are looked for in Triton's cache at every start, or compiled"
-        return Check("kernels cache", "note", found, "name a folder that is kept in XDG_CACHE_HOME")
-    return Check("kernels cache", "ok", f"{sum(1 for _ in folder.glob('*.kernel'))} in {folder}")
+    if (folder := store.folder()) is None:
+        what = "there is no home"
+    elif not (existing := _existing(folder)).is_dir() or not os.access(existing, os.W_OK):
+        what = f"{folder} cannot be written"
+    else:
+        return Check("kernels cache", "ok", f"{sum(1 for _ in folder.glob('*.kernel'))} in {folder}")
+    found = f"{what}: kernels are looked for in Triton's cache at every start, or compiled"
+    return Check("kernels cache", "note", found, "name a folder that is kept in XDG_CACHE_HOME")
 
 
 def _existing(folder: Path) -> Path:

@@ -151,7 +151,9 @@ def _loaded(binary: Binary | None, device: int) -> Launch | None:
 @cache
 def _tell() -> None:
     """Once a process: it takes a core one to four seconds for each of some sixty (docs/speed.md)."""
-    logging.getLogger(__name__).warning("compiling kernels for this GPU, which are kept in %s", store.folder())
+    there = store.folder()
+    kept = "and not kept, for want of a home" if there is None else f"which are kept in {there}"
+    logging.getLogger(__name__).warning("compiling kernels for this GPU, %s", kept)
 
 
 def _laid_open(arguments: Sequence[Any]) -> Iterator[Any]:

@@ -65,8 +65,11 @@ class Binary:
 
 
 @cache
-def folder() -> Path:
-    return cache_folder("kernels") / _origin()
+def folder() -> Path | None:
+    """None for a user who has no home."""
+    with suppress(RuntimeError):
+        return cache_folder("kernels") / _origin()
+    return None
 
 
 def _origin() -> str:
@@ -81,20 +84,22 @@ def _origin() -> str:
     return made_of.hexdigest()[:16]
 
 
-def _place(key: Any) -> Path:
-    return folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.kernel"
+def _name(key: Any) -> str:
+    return f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.kernel"
 
 
 def find(key: Any) -> Binary | None:
     """What was kept under `key`, whose `repr` is its own; None where there is nothing whole."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        return Binary.from_bytes(_place(key).read_bytes())
+    if (there := folder()) is not None:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return Binary.from_bytes((there / _name(key)).read_bytes())
     return None
 
 
 def keep(key: Any, binary: Binary) -> None:
     """For the next process; nothing happens where that cannot be written."""
-    with suppress(OSError, ArtifactError):
-        folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-        with whole_file(_place(key)) as partial:
-            partial.write_bytes(binary.to_bytes())
+    if (there := folder()) is not None:
+        with suppress(OSError, ArtifactError):
+            there.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with whole_file(there / _name(key)) as partial:
+                partial.write_bytes(binary.to_bytes())

@@ -59,6 +59,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(folder):
     assert store.find(KEY) is None
 
 
+def test_a_user_without_a_home_keeps_nothing(folder, monkeypatch):
+    def homeless(kind):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(store, "cache_folder", homeless)
+    store.keep(KEY, BINARY)
+    assert store.find(KEY) is None
+    assert store.folder() is None
+    assert [*folder.rglob("*.kernel")] == []
+
+
 def test_another_compiler_has_another_folder(folder, monkeypatch):
     first = store.folder()
     seen = {first}
