@@ -39,16 +39,13 @@ from cosyq.runtime.request import Options
 from cosyq.runtime.sound import Sound
 from cosyq.runtime.synthesizer import Synthesizer
 from cosyq.runtime.transfer import Mark
+from cosyq.runtime.urgency import IN_HAND, Due, Expected, chosen
 
 MOST_ROWS, ROWS_OF_A_CPU = 32, 4
 SHARE = 0.25  # of the memory that is free, for the rows' keys and values
 SPARE = 0.2  # of it, for what an engine makes ready and keeps
-IN_HAND = 0.5  # seconds of audio with which a stream can wait for another's first
-IDS_HELD = 16  # and for how many ids of each row: those of a first chunk
 AHEAD = 2  # steps of the language model that a GPU has been given, so that it never waits for the next
 LOOK = 2e-4  # seconds between two looks at what a GPU has done
-BESIDE = 2  # a first chunk is rendered with others' later ones up to a half of what is worth it
-TOGETHER = 0.5  # of what is worth it, that is due before a stream with audio in hand is rendered
 SHORT = 300  # characters of a text that is read in passing: 64 take half a millisecond
 PATIENCE = 5.0  # seconds for the thread to end
 
@@ -178,9 +175,9 @@ class InFlight:
             worked = self._advance()
             if self._flow is not None:
                 return worked
-            if chosen := self._choose():
+            if flights := self._choose():
                 self._held = 0
-                self._render(chosen)
+                self._render(flights)
                 return True
             return self._draw() or worked
         except Exception as error:  # nobody may wait for a thread that is dead
@@ -345,29 +342,17 @@ class InFlight:
         self._leave(flight)
 
     def _choose(self) -> list[Flight]:
-        """Whose chunks to render: the most urgent one, and those beside it for which that is as urgent."""
-        due = [f for f in self._active if f.lines and f.lines[0].rendering.due is not None]
-        due.sort(key=lambda flight: flight.dry_at)  # and who has no audio yet in order of arrival
-        if not due:
-            return []
-        driest = due[0]
-        expecting = any(not f.started and f.line_drawn for f in self._active)
-        can_wait = driest.started and driest.dry_at - time.monotonic() > IN_HAND
-        if can_wait and expecting and self._held < IDS_HELD:
-            return []
-        engine, steps = self.tts.engine, driest.lines[0].rendering.steps
-        chosen, taken = [driest], driest.lines[0].rendering.frames
-        for flight in due[1:]:
-            rendering = flight.lines[0].rendering
-            # What has to be quick, a first chunk, takes others along as far as they cost it little.
-            alike = bool(flight.started) == bool(driest.started)
-            most = engine.flow_frames if alike else engine.flow_frames // BESIDE
-            if rendering.steps == steps and taken + rendering.frames <= most:
-                chosen.append(flight)
-                taken += rendering.frames
-        # More will be due, and a frame takes less of a render of many.
-        lacking = any(f.line_drawn and f.lines[0].rendering.due is None for f in self._active)
-        return [] if can_wait and lacking and taken < TOGETHER * engine.flow_frames else chosen
+        """Whose chunks to render."""
+        due, more, first = [], False, False
+        for flight in self._active:
+            if flight.lines and (rendering := flight.lines[0].rendering).due is not None:
+                due.append((flight, Due(bool(flight.started), flight.dry_at, rendering.frames, rendering.steps)))
+            elif flight.line_drawn:
+                more = True
+            first = first or bool(flight.line_drawn and not flight.started)
+        expected = Expected(first, more, self._held)
+        numbers = chosen([chunk for _, chunk in due], expected, time.monotonic(), self.tts.engine.flow_frames)
+        return [due[number][0] for number in numbers]
 
     def _render(self, flights: list[Flight]) -> None:
         """One chunk of each; side by side in the flow, one after the other in the vocoder, which is short."""

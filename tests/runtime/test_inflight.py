@@ -16,6 +16,7 @@ from cosyq.runtime import inflight, transfer
 from cosyq.runtime.flight import GoneError
 from cosyq.runtime.flow_past import Segment
 from cosyq.runtime.inflight import InFlight, rows_for
+from cosyq.runtime.urgency import Due, Expected
 
 TEXT = "hello world, the quick brown fox jumps"
 LONG = "hello world, the quick fox.\n\nanother begins."
@@ -324,50 +325,25 @@ def test_nobodys_words_run_further_ahead_than_a_chunk(batch, engine):
     assert sum(engine.during) > 0
 
 
-def test_whoever_runs_dry_first_is_rendered_next(batch, engine):
-    def flight(started, sent, due=True, frames=100, steps=10):
-        rendering = type("Rendering", (), {"due": 5 if due else None, "frames": frames, "steps": steps})
-        line = type("Line", (), {"rendering": rendering, "drawing": not due})
-        about = {"lines": [line], "started": started, "sent": sent, "dry_at": started + sent, "line_drawn": not due}
-        return type("Flight", (), about)
+def test_what_is_due_and_what_is_expected_of_whom(batch, engine, monkeypatch):
+    def flight(started, due, drawn, frames):
+        rendering = type("Rendering", (), {"due": 5 if due else None, "frames": frames, "steps": 10})
+        line = type("Line", (), {"rendering": rendering})
+        return type("Flight", (), {"lines": [line], "started": started, "dry_at": started, "line_drawn": drawn})
 
-    now = time.monotonic()
-    rich, poor, new, expected = flight(now - 1, 9), flight(now - 2, 2.1), flight(0, 0), flight(0, 0, due=False)
-    other, large, hurried = flight(0, 0), flight(now - 2, 3, frames=350), flight(0, 0, steps=6)
-    other_rich, drawn = flight(now - 1, 10), flight(now - 1, 9, due=False)
-    for flights, held, chosen in (
-        ([rich, poor], 0, [poor]),
-        ([rich, poor, new], 0, [new]),
-        ([rich], 0, [rich]),
-        ([rich, expected], 0, []),  # has audio in hand: somebody's first chunk is about to be due
-        ([rich, expected], inflight.IDS_HELD, [rich]),  # but not for ever
-        ([rich, poor, expected], 0, [poor]),  # and nobody is left to run dry for it
-        ([], 0, []),
+    heard, new = flight(7.0, True, True, 50), flight(0, True, False, 30)
+    asked = []
+    monkeypatch.setattr(inflight, "chosen", lambda *given: asked.append(given[:2]) or [1])
+    batch._held = 3
+    for others, first, more in (
+        ([], False, False),
+        ([flight(6.0, False, True, 0)], False, True),
+        ([flight(0, False, True, 0)], True, True),
+        ([flight(0, False, False, 0)], False, False),  # its text is still being shown
     ):
-        batch._active, batch._held = flights, held
-        assert batch._choose() == chosen
-    engine.flow_frames = 400
-    for flights, chosen in (
-        ([rich, poor], [poor, rich]),
-        ([rich, poor, new, other], [new, other]),  # first ones are not made to wait for more of others
-        ([rich, large, poor], [poor, rich]),  # what has no room waits
-        ([new, hurried], [new]),
-    ):
-        batch._active = flights
-        assert batch._choose() == chosen
-    engine.flow_frames = 400 * inflight.BESIDE
-    batch._active = [rich, poor, new, large]
-    assert batch._choose() == [new, poor, rich]  # a first one takes others along, as far as that is short
-    engine.flow_frames = round(200 / inflight.TOGETHER)
-    for flights, chosen in (
-        ([rich, drawn], []),  # the few frames that are due can wait for more
-        ([rich, other_rich, drawn], [rich, other_rich]),
-        ([poor, drawn], [poor]),
-        ([rich, other_rich], [rich, other_rich]),  # nothing else will be due
-        ([rich], [rich]),
-    ):
-        batch._active = flights
-        assert batch._choose() == chosen
+        batch._active = [heard, *others, new]
+        assert batch._choose() == [new]
+        assert asked.pop() == ([Due(True, 7.0, 50, 10), Due(False, 0, 30, 10)], Expected(first, more, 3))
     batch._active = []
 
 
