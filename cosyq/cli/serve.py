@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,12 +77,11 @@ def serve(
     if gone := missing(ENCODING):
         note(f"warning: there is no format but wav and pcm without {', '.join(gone)}; {REMEDY}")
 
-    from cosyq.artifact.reader import open_artifact
     from cosyq.server import logs
     from cosyq.server.run import listen, serve
     from cosyq.server.settings import Settings
 
-    opened = open_artifact(_folder(artifact))
+    folder = _folder(artifact)
     settings = Settings(
         keys=tuple(api_key or ()),
         public_lists=public_lists,
@@ -92,20 +92,28 @@ def serve(
         deadline_seconds=deadline,
         drain_seconds=drain,
     )
-    encoders = _encoders(opened, source)
     listening = listen(host, port)
     logs.to_stderr()
     address, number = listening.getsockname()[:2]
-    logs.event("listening", host=address, port=number, artifact=str(opened.folder), keys=len(settings.keys))
+    logs.event("listening", host=address, port=number, artifact=str(folder), keys=len(settings.keys))
     place = {"engine": engine, "device": device, "dtype": dtype}
     counts: dict[str, Any] = {"rows": max_concurrency, "longest_queue": queue, "idle": idle_unload}
 
     def loader(on_fatal: Callable[[CosyqError], None]) -> Speaker:
-        from cosyq.server.batch import load_speaker  # it brings torch: probes are answered before that is there
+        """What brings torch, and may fetch encoders: probes are answered meanwhile."""
+        from cosyq.cli.starting import starting
 
-        return load_speaker(opened, place, on_fatal=on_fatal, encoders=encoders, **counts)
+        with starting(folder, device, dtype, engine):
+            from cosyq.artifact.reader import open_artifact
+            from cosyq.server.batch import load_speaker
 
-    serve(settings, listening, loader)
+            opened = open_artifact(folder)
+            return load_speaker(opened, place, on_fatal=on_fatal, encoders=_encoders(opened, source), **counts)
+
+    if serve(settings, listening, loader):
+        # Python, as it ends, would end that thread in the midst of torch's or the driver's code, which aborts.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def unknown_variables(environment: Iterable[str], context: typer.Context) -> list[str]:

@@ -88,8 +88,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen there ({reason})", where=where, remedy=remedy) from None
 
 
-def serve(settings: Settings, listening: socket.socket, loader: Loader) -> None:
-    """Serve until a signal says stop.
+def serve(settings: Settings, listening: socket.socket, loader: Loader) -> bool:
+    """Serve until a signal says stop; whether the speaker is being loaded still, by a thread that is not waited for.
 
     Raises:
         CosyqError: the speaker could not be loaded, or its device has failed.
@@ -102,3 +102,4 @@ def serve(settings: Settings, listening: socket.socket, loader: Loader) -> None:
         sys.setswitchinterval(before)
     if service.error is not None:
         raise service.error
+    return service.loads

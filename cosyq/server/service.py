@@ -34,6 +34,7 @@ class Service:
         self.responses = 0
         self._settled = asyncio.Event()  # it is loading no more
         self.metrics = Metrics(self.stats)
+        self._loader: threading.Thread | None = None
         self._speaker: Speaker | None = None
         self._first_voices: list[str] = []
         self._speeches: dict[Speech, asyncio.Task[None]] = {}
@@ -55,7 +56,13 @@ class Service:
                 post(self.died, error)
 
         # A daemon: a signal to stop need not wait for gigabytes.
-        threading.Thread(target=work, name="loader", daemon=True).start()
+        self._loader = threading.Thread(target=work, name="loader", daemon=True)
+        self._loader.start()
+
+    @property
+    def loads(self) -> bool:
+        """Whether that thread is at it still."""
+        return self._loader is not None and self._loader.is_alive()
 
     def _loaded(self, speaker: Speaker) -> None:
         self._speaker, self._first_voices = speaker, speaker.voices()

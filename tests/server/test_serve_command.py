@@ -259,3 +259,36 @@ def test_quantization_variables_choose_among_the_artifacts(artifact_of, tmp_path
         code, err = cli()
         assert code == 3
         assert "no artifact with int8 there" in err
+
+
+def test_it_listens_before_torch_is_there(mini_artifact):
+    """Probes are answered while the seconds go by that torch takes."""
+    code = """
+import os, sys
+import cosyq.server.run
+from cosyq.cli.main import run
+cosyq.server.run.serve = lambda settings, listening, loader: os._exit(10 + ("torch" in sys.modules))
+run(["serve", "--port", "0", "-a", sys.argv[1]])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(mini_artifact)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 10, done.stderr
+
+
+def test_a_stop_does_not_end_the_thread_that_loads(mini_artifact):
+    """Which may be in the midst of a driver's code, where it cannot end: then Python must not try."""
+    code = """
+import atexit, os, signal, sys, threading, time
+import cosyq.server.batch
+from cosyq.cli.main import run
+
+def load(*given, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+cosyq.server.batch.load_speaker = load
+atexit.register(print, "Python ended")
+run(["serve", "--port", "0", "-a", sys.argv[1]])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(mini_artifact)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert '"draining"' in done.stderr
