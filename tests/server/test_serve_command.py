@@ -198,10 +198,7 @@ def cli(capsys, monkeypatch):
     return call
 
 
-def test_what_is_wrong_is_said_in_one_line(cli, mini_artifact, tmp_path, server, monkeypatch):
-    code, err = cli("-a", tmp_path / "nothing")
-    assert code == 3
-    assert "no such artifact" in err
+def test_what_is_wrong_is_said_in_one_line(cli, mini_artifact, server, monkeypatch):
     code, err = cli("-a", mini_artifact, "--port", server.port)
     assert code == 2
     assert re.search(r"error: 127\.0\.0\.1:\d+: cannot listen there \(Address already in use\)", err)
@@ -220,11 +217,16 @@ def test_what_is_wrong_is_said_in_one_line(cli, mini_artifact, tmp_path, server,
     assert "pip install 'cosyq[serve]'" in err
 
 
-def test_a_device_that_is_not_there_ends_it(mini_artifact, tmp_path):
-    command = [*COSYQ, "serve", "-a", str(mini_artifact), "--port", "0", "--device", "cuda:99"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 4
-    assert done.stderr.splitlines()[-1].startswith("error: cuda:99: ")
+@pytest.mark.parametrize(
+    ("artifact", "device", "code", "said"),
+    [("mini", "cuda:99", 4, "error: cuda:99: "), ("nothing", "cpu", 3, "error: nothing: no such artifact")],
+)
+def test_what_cannot_be_loaded_ends_it(mini_artifact, tmp_path, artifact, device, code, said):
+    folder = mini_artifact if artifact == "mini" else artifact
+    command = [*COSYQ, "serve", "-a", str(folder), "--port", "0", "--device", device]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1].startswith(said)
     assert "Traceback" not in done.stderr
 
 
